@@ -1,0 +1,296 @@
+"""attention() and attention_varlen(): check -> spec -> kernel -> launch."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import arrays, reference
+from .arrays import Array
+from .launch import Plan
+from .spec import DTYPES, KernelSpec
+
+UNBOUNDED = 1 << 30  # a window this wide hides nothing; positions stay within int32
+LONGEST = (1 << 29) - 1
+PLANS_KEPT = 4096
+
+Window = tuple[int | None, int | None]
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    out: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention: softmax(scale * q k^T + mask) v, for each sequence and head.
+
+    Args:
+        q: queries (B, Sq, Hq, D), float16 or bfloat16: a CuPy, torch or JAX array on a Hopper GPU, or a NumPy array or CPU tensor, which
+            the float64 reference computes. The last axis is contiguous, other strides are any multiples of 16 bytes. D is a multiple of 8 up to 256.
+        k: keys (B, Sk, Hkv, D); Hq is a multiple of Hkv (grouped-query attention).
+        v: values (B, Sk, Hkv, Dv); Dv is a multiple of 8 up to 256.
+        causal: True hides from query i the keys after i + Sk - Sq (the diagonal ends bottom right); "top-left" those after i.
+        window: (left, right), how many keys to each side of its diagonal a query sees; None or -1 is unbounded.
+        scale: multiplies the scores, 1/sqrt(D) by default.
+        out: where to write the result (B, Sq, Hq, Dv); a new array by default.
+        return_lse: also return the natural log of the sum of exp of the scaled scores, (B, Hq, Sq) float32.
+
+    Returns:
+        out, or (out, lse): arrays of the kind that q is. A query that sees no key has output 0 and LSE -inf.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was and what is needed; nothing was launched.
+        UnsupportedEnvironment: no usable GPU, driver or compiler for arrays on a GPU.
+
+    The work is queued on the stream that is current for the arrays' framework; the host does not wait. Two runs give the same bits, and a
+    sequence's result does not depend on the batch around it. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
+
+    >>> import numpy as np, rawattn
+    >>> q = np.ones((1, 4, 8, 64), np.float16)
+    >>> k = v = np.ones((1, 4, 2, 64), np.float16)
+    >>> rawattn.attention(q, k, v, causal=True).shape
+    (1, 4, 8, 64)
+    """
+    return _attend(q, k, v, None, None, causal, window, scale, out, return_lse)
+
+
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    out: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """attention() over sequences of different lengths packed one after the other.
+
+    Args:
+        q: queries (Tq, Hq, D) of all sequences; k: keys (Tk, Hkv, D); v: values (Tk, Hkv, Dv).
+        cu_seqlens_q: (B + 1,) int32: sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q. On a GPU it stays there: the host never
+            reads it, so that a captured CUDA graph replays with new lengths. Ascending, from 0 to at most Tq; lengths may be zero.
+        cu_seqlens_k: (B + 1,) int32, likewise for k and v.
+        causal, window, scale, out, return_lse: as for attention(), for each sequence; out is (Tq, Hq, Dv), the LSE (Hq, Tq).
+            Rows of out and LSE that belong to no sequence are not written.
+
+    Returns:
+        out, or (out, lse), of the kind that q is.
+
+    Raises:
+        As attention().
+
+    >>> import numpy as np, rawattn
+    >>> q = k = v = np.ones((7, 2, 64), np.float16)
+    >>> lengths = np.array([0, 3, 3, 7], np.int32)
+    >>> rawattn.attention_varlen(q, k, v, lengths, lengths).shape
+    (7, 2, 64)
+    """
+    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, scale, out, return_lse)
+
+
+_local = threading.local()  # plans fill their argument block in place, so each thread has its own
+
+
+def _attend(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool
+) -> Any:
+    varlen = cu_q is not None or cu_k is not None
+    views = {"q": arrays.view("q", q), "k": arrays.view("k", k), "v": arrays.view("v", v)}
+    if varlen:
+        views["cu_seqlens_q"] = arrays.view("cu_seqlens_q", cu_q)
+        views["cu_seqlens_k"] = arrays.view("cu_seqlens_k", cu_k)
+    if out is not None:
+        views["out"] = arrays.view("out", out)
+    qa = views["q"]
+    key = (causal, window if window is None else tuple(window), scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
+    plans = _local.__dict__.setdefault("plans", {})
+    plan = plans.get(key)
+    if plan is None:
+        checked = _Checked(views, varlen, causal, window, scale)
+        if qa.device is None:
+            return checked.on_host(views, causal, window, return_lse)
+        if len(plans) >= PLANS_KEPT:
+            plans.clear()
+        plan = plans[key] = checked
+    return plan.on_device(views, return_lse)
+
+
+class _Checked:
+    """A call whose arguments have been found right; what it needs is kept for the next call on arrays of the same geometry."""
+
+    def __init__(self, views: dict[str, Array], varlen: bool, causal: bool | str, window: Window | None, scale: float | None):
+        q, k, v = views["q"], views["k"], views["v"]
+        _check_arrays(views, varlen)
+        if scale is None:
+            scale = 1.0 / math.sqrt(q.shape[-1])
+        elif not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale}; needed: a finite number above 0")
+        left, right = _window_bounds(causal, window)
+        if left < UNBOUNDED:
+            mask = "window"
+        elif right < UNBOUNDED:
+            mask = "causal"
+        else:
+            mask = "full"
+        self.varlen, self.scale = varlen, scale
+        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2] if k.shape[-2] else 1, mask, varlen)
+        self.out_shape = (*q.shape[:-1], v.shape[-1])
+        self.lse_shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
+        self.left, self.right, self.bottom_right = left, right, causal != "top-left"
+        self.batch = views["cu_seqlens_q"].shape[0] - 1 if varlen else q.shape[0]
+        self.plan: Plan | None = None
+
+    def on_host(self, views: dict[str, Array], causal: bool | str, window: Window | None, return_lse: bool) -> Any:
+        q = views["q"]
+        inputs = [arrays.to_numpy(a) for name, a in views.items() if name != "out"]
+        compute = reference.attention_varlen if self.varlen else reference.attention
+        out, lse = compute(*inputs, causal=causal, window=window, scale=self.scale, return_lse=True)
+        out = out.astype(inputs[0].dtype)
+        if "out" in views:
+            np.copyto(arrays.to_numpy(views["out"]), out)
+            result = views["out"].owner
+        else:
+            result = arrays.from_numpy(out, q)
+        return (result, arrays.from_numpy(lse.astype(np.float32), q)) if return_lse else result
+
+    def on_device(self, views: dict[str, Array], return_lse: bool) -> Any:
+        q, k, v = views["q"], views["k"], views["v"]
+        for name, array in views.items():
+            if array.pointer % 16 and not name.startswith("cu_"):
+                raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
+        out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
+        lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
+        import cupy
+
+        stream = arrays.current_stream(q)
+        if cupy.cuda.runtime.getDevice() == q.device:
+            self._launch(views, out, lse, stream)
+        else:
+            with cupy.cuda.Device(q.device):
+                self._launch(views, out, lse, stream)
+        inputs = tuple(views.values())
+        result = arrays.hand_back(out, q, inputs)
+        return (result, arrays.hand_back(lse, q, inputs)) if lse is not None else result
+
+    def _launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        q, k, v = views["q"], views["k"], views["v"]
+        if 0 in out.shape:
+            return
+        if 0 in k.shape or self.batch == 0:
+            _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
+            return
+        if self.plan is None:
+            self.plan = Plan(
+                self.spec, q, k, v, out, batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale
+            )
+        cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
+        self.plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
+
+
+def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
+    q, k, v = views["q"], views["k"], views["v"]
+    form = {"q": "(Tq, Hq, D)", "k": "(Tk, Hkv, D)", "v": "(Tk, Hkv, Dv)"} if varlen else {"q": "(B, Sq, Hq, D)", "k": "(B, Sk, Hkv, D)", "v": "(B, Sk, Hkv, Dv)"}
+    arrays.check_together(views)
+    for name, layout in form.items():
+        array = views[name]
+        if len(array.shape) != len(form["q"].split(",")):
+            raise ValueError(f"{name} has shape {array.shape}; needed: {layout}")
+        if array.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {array.dtype}; needed: {' or '.join(DTYPES)}")
+        if array.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}; needed: {q.dtype}, as q has")
+        if not (8 <= array.shape[-1] <= 256 and array.shape[-1] % 8 == 0):
+            raise ValueError(f"{name} has head_dim {array.shape[-1]}; needed: a multiple of 8 from 8 to 256")
+        if array.shape[-3] > LONGEST:
+            raise ValueError(f"{name} has {array.shape[-3]} rows; needed: at most {LONGEST}")
+        _check_strides(name, array)
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k has head_dim {k.shape[-1]}; needed: {q.shape[-1]}, as q has")
+    if v.shape[-3:-1] != k.shape[-3:-1]:
+        raise ValueError(f"v has {v.shape[-3]} rows of {v.shape[-2]} heads; needed: {k.shape[-3]} rows of {k.shape[-2]} heads, as k has")
+    if not varlen:
+        for name in ("k", "v"):
+            if views[name].shape[0] != q.shape[0]:
+                raise ValueError(f"{name} has batch {views[name].shape[0]}; needed: {q.shape[0]}, as q has")
+    if (k.shape[-2] == 0 and q.shape[-2] > 0) or (k.shape[-2] > 0 and q.shape[-2] % k.shape[-2]):
+        raise ValueError(f"q has {q.shape[-2]} heads and k has {k.shape[-2]}; needed: a multiple of k's heads in q")
+    for name in ("cu_seqlens_q", "cu_seqlens_k") if varlen else ():
+        array = views[name]
+        if array.dtype != "int32":
+            raise TypeError(f"{name} has dtype {array.dtype}; needed: int32")
+        if len(array.shape) != 1 or array.shape[0] < 1 or (array.shape[0] > 1 and array.strides[0] != 4):
+            raise ValueError(f"{name} has shape {array.shape} and byte strides {array.strides}; needed: (B + 1,), contiguous")
+        if array.shape != views["cu_seqlens_q"].shape:
+            raise ValueError(f"{name} has {array.shape[0]} entries; needed: {views['cu_seqlens_q'].shape[0]}, as cu_seqlens_q has")
+        if array.device is None:
+            _check_lengths(name, arrays.to_numpy(array), views["q" if name == "cu_seqlens_q" else "k"].shape[0])
+    if "out" in views:
+        out, shape = views["out"], (*q.shape[:-1], v.shape[-1])
+        if out.framework == "jax":
+            raise TypeError("out is a jax.Array, which nothing may write to; needed: no out")
+        if out.shape != shape:
+            raise ValueError(f"out has shape {out.shape}; needed: {shape}")
+        if out.dtype != q.dtype:
+            raise TypeError(f"out has dtype {out.dtype}; needed: {q.dtype}, as q has")
+        _check_strides("out", out)
+        if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+            raise ValueError(f"out has byte strides {out.strides}; needed: no two elements in one place")
+
+
+def _check_strides(name: str, array: Array) -> None:
+    *outer, last = array.strides
+    if 0 in array.shape or array.device is None:
+        return
+    if last != 2 and array.shape[-1] > 1:
+        raise ValueError(f"{name} has a byte stride of {last} on its last axis; needed: 2, contiguous")
+    for size, stride in zip(array.shape[:-1], outer, strict=True):
+        if size > 1 and (stride % 16 or not 0 <= stride < 1 << 40):
+            raise ValueError(f"{name} has byte strides {array.strides}; needed: multiples of 16 from 0 to 2**40 on every axis but the last")
+
+
+def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
+    if cu_seqlens[0] != 0 or (np.diff(cu_seqlens) < 0).any() or cu_seqlens[-1] > rows:
+        raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
+
+
+def _window_bounds(causal: bool | str, window: Window | None) -> tuple[int, int]:
+    """Keys that a query sees to the left and to the right of its diagonal."""
+    if causal not in (False, True, "top-left"):
+        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
+    if window is None:
+        bounds = [UNBOUNDED, UNBOUNDED]
+    else:
+        if not isinstance(window, Sequence) or len(window) != 2:
+            raise ValueError(f"window is {window!r}; needed: (left, right)")
+        bounds = []
+        for side in window:
+            if side is not None and (not isinstance(side, (int, np.integer)) or side < -1):
+                raise ValueError(f"window is {window!r}; needed: two integers from 0 up, None or -1 for unbounded")
+            bounds.append(UNBOUNDED if side is None or side == -1 else min(int(side), UNBOUNDED))
+    if causal:
+        bounds[1] = min(bounds[1], 0)
+    return bounds[0], bounds[1]
+
+
+def _fill_without_keys(out: Array, lse: Array | None, stream: Any, wanted: bool) -> None:
+    """No key at all: outputs 0 and LSE -inf, without a kernel (a tensor map cannot be empty)."""
+    if not wanted:
+        return
+    with stream:
+        arrays.as_cupy(out)[...] = 0
+        if lse is not None:
+            arrays.as_cupy(lse)[...] = -math.inf

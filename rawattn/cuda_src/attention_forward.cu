@@ -1,0 +1,432 @@
+// Attention forward for sm_90a: out = softmax(scale * Q K^T + mask) V, one pass over the keys with the online softmax
+// (Milakov and Gimelshein 2018, FlashAttention: Dao et al. 2022), scheduled as FlashAttention-3 (Shah et al. 2024) proposes:
+// a producer warp feeds K and V through TMA into a ring of shared-memory stages; each consumer warpgroup owns 64 query rows,
+// keeps scores, P and output in registers, and runs the scores of the next block on the tensor cores under the softmax of this one.
+// The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "mask.cuh"
+#include "softmax.cuh"
+
+struct Arguments {
+    TensorMap q;              // boxes of [TILE_M, 64] of [B, Sq, Hq, D] or [Tq, Hq, D]
+    TensorMap k;              // boxes of [TILE_N, 64] of [B, Sk, Hkv, D] or [Tk, Hkv, D]
+    TensorMap v;              // boxes of [TILE_N, 64] of [B, Sk, Hkv, Dv] or [Tk, Hkv, Dv]
+    char* out;                // [B, Sq, Hq, Dv] or [Tq, Hq, Dv], 16-bit elements
+    float* lse;               // [B, Hq, Sq] or [Hq, Tq], or null
+    const int* cu_seqlens_q;  // [B + 1], varlen only
+    const int* cu_seqlens_k;  // [B + 1], varlen only
+    long long out_batch_stride, out_row_stride, out_head_stride;  // bytes
+    int batch, heads;                                             // B, Hq
+    int seqlen_q, seqlen_k;                                       // Sq, Sk, or the totals Tq, Tk
+    int left, right;                                              // window around the diagonal
+    int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
+    int heads_per_group;                                          // heads whose K and V share L2
+    float scale_log2;                                             // softmax scale * log2(e)
+};
+
+constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one period of the 128-byte swizzle
+constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
+constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
+constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
+constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS;
+constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
+
+// Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
+constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
+constexpr int BARRIER_BYTES = V_EMPTY + 8 * STAGES;
+
+template <int VALUE>
+struct Constant {
+    static constexpr int value = VALUE;
+};
+
+// Position in a ring of buffers. A consumer waits for `phase`, the producer for the opposite one, so that its first lap passes at once.
+template <int BUFFERS>
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == BUFFERS) stage = 0, phase ^= 1;
+    }
+};
+
+// One output tile: TILE_M rows of one head of one sequence. Where the sequences are packed, the maps' row dimension ends at the last row of
+// the tensor and the offset dimension slides it, so that row `total - length + i` at offset `start + length` is row i of the sequence and
+// everything past its end is out of bounds: TMA fills zeros, and a neighbour's rows, NaN or not, are never read.
+struct WorkTile {
+    int first_row, head, batch;
+    int q_start, q_length, q_row, q_offset;
+    int k_length, k_row, k_offset;
+};
+
+struct TileList {
+    int round = 0;
+    int first_batch = 0, tiles_before = 0;  // varlen: the 32 sequences the warp looks at, and the tiles of all earlier ones
+
+    // Every warp that needs the next tile calls this with all its lanes; each gets the same answer. False at the end of the list.
+    __device__ __forceinline__ bool next(const Arguments& args, WorkTile& tile) {
+        const int index = dealt_index(round++, blockIdx.x, gridDim.x);
+        if constexpr (!VARLEN) {
+            const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M;
+            if (index >= m_blocks * args.heads * args.batch) return false;
+            const TilePlace place = tile_place(index, m_blocks, args.heads * args.batch, args.heads_per_group);
+            const int batch = place.head / args.heads;
+            tile = {place.m_block * TILE_M, place.head - batch * args.heads, batch, 0, args.seqlen_q, 0, 0, args.seqlen_k, 0, 0};
+            return true;
+        } else {
+            const int lane = threadIdx.x % 32;
+            for (; first_batch < args.batch; first_batch += 32) {
+                const int batch = first_batch + lane;
+                const int q_start = batch < args.batch ? args.cu_seqlens_q[batch] : 0;
+                const int q_length = batch < args.batch ? max(0, args.cu_seqlens_q[batch + 1] - q_start) : 0;
+                const int tiles = (q_length + TILE_M - 1) / TILE_M * args.heads;
+                int tiles_through = tiles;  // inclusive scan over the lanes
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2) {
+                    const int below = __shfl_up_sync(~0u, tiles_through, distance);
+                    if (lane >= distance) tiles_through += below;
+                }
+                const uint32_t beyond = __ballot_sync(~0u, tiles_before + tiles_through > index);
+                if (beyond == 0) {
+                    tiles_before += __shfl_sync(~0u, tiles_through, 31);
+                    continue;
+                }
+                const int owner = __ffs(beyond) - 1;
+                const int within = index - tiles_before - __shfl_sync(~0u, tiles_through - tiles, owner);
+                tile.batch = first_batch + owner;
+                tile.q_start = __shfl_sync(~0u, q_start, owner);
+                tile.q_length = __shfl_sync(~0u, q_length, owner);
+                const TilePlace place = tile_place(within, (tile.q_length + TILE_M - 1) / TILE_M, args.heads, args.heads);
+                tile.first_row = place.m_block * TILE_M;
+                tile.head = place.head;
+                const int k_start = args.cu_seqlens_k[tile.batch];
+                tile.k_length = max(0, args.cu_seqlens_k[tile.batch + 1] - k_start);
+                tile.q_row = args.seqlen_q - tile.q_length, tile.q_offset = tile.q_start + tile.q_length;
+                tile.k_row = args.seqlen_k - tile.k_length, tile.k_offset = k_start + tile.k_length;
+                return true;
+            }
+            return false;
+        }
+    }
+};
+
+__device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile& tile) {
+    return {tile.k_length, args.bottom_right ? tile.k_length - tile.q_length : 0, args.left, args.right};
+}
+
+__device__ __forceinline__ void load_slabs(
+    const TensorMap* map, int slabs, int slab_bytes, uint32_t destination, uint32_t barrier, int row, int offset, int head, int batch) {
+    mbarrier_arrive_expect(barrier, slabs * slab_bytes);
+#pragma unroll
+    for (int slab = 0; slab < slabs; ++slab) tma_load(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
+}
+
+// Loads, for each tile, Q and then the blocks of K and V from the last that the tile sees to the first; K runs one block ahead of V.
+__device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
+    TileList list;
+    WorkTile tile = {};
+    Ring<Q_STAGES> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+    const auto load_k = [&](int block, int kv_head) {
+        const uint32_t at = 8 * k_ring.stage;
+        mbarrier_wait(barriers + K_EMPTY + at, k_ring.phase ^ 1);
+        load_slabs(&args.k, SLABS_QK, KV_SLAB, k_smem + k_ring.stage * K_BYTES, barriers + K_FULL + at, tile.k_row + block * TILE_N,
+                   tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
+        k_ring.advance();
+    };
+    const auto load_v = [&](int block, int kv_head) {
+        const uint32_t at = 8 * v_ring.stage;
+        mbarrier_wait(barriers + V_EMPTY + at, v_ring.phase ^ 1);
+        load_slabs(&args.v, SLABS_V, KV_SLAB, v_smem + v_ring.stage * V_BYTES, barriers + V_FULL + at, tile.k_row + block * TILE_N,
+                   tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
+        v_ring.advance();
+    };
+    while (list.next(args, tile)) {
+        const int last_row = min(tile.first_row + TILE_M, tile.q_length) - 1;
+        const KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, tile.first_row, last_row);
+        if (blocks.end > blocks.begin && threadIdx.x == 0) {
+            const int kv_head = tile.head / GQA_RATIO;
+            const uint32_t at = 8 * q_ring.stage;
+            mbarrier_wait(barriers + Q_EMPTY + at, q_ring.phase ^ 1);
+            load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + q_ring.stage * Q_BYTES, barriers + Q_FULL + at, tile.q_row + tile.first_row, tile.q_offset, tile.head,
+                       VARLEN ? 0 : tile.batch);
+            q_ring.advance();
+            load_k(blocks.end - 1, kv_head);
+#pragma unroll 1
+            for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+                load_k(block, kv_head);
+                load_v(block + 1, kv_head);
+            }
+            load_v(blocks.begin, kv_head);
+        }
+        __syncwarp();
+    }
+}
+
+// scores = Q K^T for the warpgroup's 64 rows and one block of keys
+__device__ __forceinline__ void issue_scores(float (&scores)[TILE_N / 2], uint64_t q, uint64_t k) {
+    pin(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
+        const int slab = step / 4, within = step % 4 * 32;
+        wgmma_scores(scores, q + (slab * Q_SLAB + within) / 16, k + (slab * KV_SLAB + within) / 16, step > 0);
+    }
+    wgmma_commit();
+    pin(scores);
+}
+
+// output += P V for one block of keys; P's fragments are already in the layout of operand A
+__device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4], uint64_t v) {
+    pin(output);
+    pin(probs);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < TILE_N / 16; ++step)
+        wgmma_output(output, probs[4 * step], probs[4 * step + 1], probs[4 * step + 2], probs[4 * step + 3], v + step * 16 * SLAB_BYTES / 16, 1);
+    wgmma_commit();
+    pin(output);
+}
+
+__device__ __forceinline__ void scale_rows(float (&output)[HEAD_DIM_V / 2], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] *= factor[fragment_row(i)];
+}
+
+// Where a thread's two rows of a tile go: the row of `out` and the one eighth below it exist if rows > 0 and rows > 8.
+struct Destination {
+    char* out;
+    float* lse;
+    int rows;
+};
+
+__device__ __forceinline__ Destination destination(const Arguments& args, const WorkTile& tile, int row) {
+    const long long sequence = VARLEN ? tile.q_start * args.out_row_stride : tile.batch * args.out_batch_stride;
+    const long long sequence_lse = VARLEN ? (long long)tile.head * args.seqlen_q + tile.q_start : ((long long)tile.batch * args.heads + tile.head) * args.seqlen_q;
+    return {args.out + sequence + tile.head * args.out_head_stride + row * args.out_row_stride, args.lse ? args.lse + sequence_lse + row : nullptr,
+            tile.q_length - row};
+}
+
+// Writes the warpgroup's 64 rows. The four lanes of a row transpose 4 x 4 words, so that each stores 16 bytes.
+__device__ __forceinline__ void store_output(const float (&output)[HEAD_DIM_V / 2], const Destination& to, long long row_stride) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int group = 0; group < (HEAD_DIM_V + 31) / 32; ++group) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int i = 4 * (4 * group + j) + 2 * r;
+                words[j] = i < HEAD_DIM_V / 2 ? pack2(output[i], output[i + 1]) : 0;
+            }
+#pragma unroll
+            for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+                for (int low = 0; low < 4; ++low) {
+                    if (low & bit) continue;
+                    const uint32_t received = __shfl_xor_sync(~0u, lane & bit ? words[low] : words[low | bit], bit);
+                    if (lane & bit)
+                        words[low] = received;
+                    else
+                        words[low | bit] = received;
+                }
+            }
+            const int column = 32 * group + 8 * lane;
+            if (8 * r < to.rows && column < HEAD_DIM_V) store_global_16(to.out + 8 * r * row_stride + 2 * column, words);
+        }
+    }
+}
+
+__device__ __forceinline__ void store_lse(const float (&lse)[2], const Destination& to) {
+    if (to.lse == nullptr || threadIdx.x % 4 != 0) return;
+    if (to.rows > 0) to.lse[0] = lse[0];
+    if (to.rows > 8) to.lse[8] = lse[1];
+}
+
+// Rows that see no key: output 0, LSE -inf.
+__device__ __forceinline__ void store_empty(const Destination& to, long long row_stride) {
+    const uint32_t zeros[4] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        for (int column = 8 * (threadIdx.x % 4); 8 * r < to.rows && column < HEAD_DIM_V; column += 32)
+            store_global_16(to.out + 8 * r * row_stride + 2 * column, zeros);
+    store_lse({NEGATIVE_INFINITY, NEGATIVE_INFINITY}, to);
+}
+
+// The blocks of all the CTA's tiles form one stream: the first scores of a tile run on the tensor cores beside the last P V of the tile before,
+// and its output is written meanwhile. So a short tile costs little more than its MMAs.
+__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
+    const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
+    const int thread_row = 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, thread_column = 2 * (threadIdx.x % 4);
+    const uint64_t q_descriptor = matrix_descriptor(q_smem + warpgroup * 64 * SLAB_BYTES, Q_SLAB);
+    const uint64_t k_descriptor = matrix_descriptor(k_smem, KV_SLAB), v_descriptor = matrix_descriptor(v_smem, KV_SLAB);
+    // Ping-pong: a warpgroup issues its MMAs when its own barrier, 1 + warpgroup, lets it, and then passes the turn on.
+    const int my_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMER_WARPGROUPS;
+    if (PING_PONG && warpgroup == CONSUMER_WARPGROUPS - 1) named_barrier_arrive(next_turn, 256);
+
+    Ring<Q_STAGES> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+    TileList list;
+    WorkTile tile = {};
+    Mask mask;
+    KeyBlocks blocks;
+    int block, own_first;
+    Softmax softmax;
+    float scores[TILE_N / 2], rescale[2], output[HEAD_DIM_V / 2];
+    uint32_t probs[TILE_N / 4];
+
+    // Moves on to the next tile that sees a key, and to its last block.
+    const auto next_tile = [&] {
+        while (list.next(args, tile)) {
+            own_first = tile.first_row + 64 * warpgroup;
+            mask = tile_mask(args, tile);
+            blocks = key_blocks(mask, tile.first_row, min(tile.first_row + TILE_M, tile.q_length) - 1, own_first, own_first + 63);
+            block = blocks.end - 1;
+            if (blocks.end > blocks.begin) return true;
+            store_empty(destination(args, tile, tile.first_row + thread_row), args.out_row_stride);
+        }
+        return false;
+    };
+    const auto start_scores = [&] {
+        mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage, k_ring.phase);
+        if (PING_PONG) named_barrier_sync(my_turn, 256);
+        issue_scores(scores, q_descriptor + q_ring.stage * (Q_BYTES / 16), k_descriptor + k_ring.stage * (K_BYTES / 16));
+    };
+    const auto start_output = [&] {
+        mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage, v_ring.phase);
+        issue_output(output, probs, v_descriptor + v_ring.stage * (V_BYTES / 16));
+        if (PING_PONG) named_barrier_arrive(next_turn, 256);
+    };
+    // PENDING: groups issued after the one that is waited for
+    const auto finish_scores = [&](auto pending) {
+        wgmma_wait<decltype(pending)::value>();
+        pin(scores);
+        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage);
+        k_ring.advance();
+        if (block == blocks.begin) {  // the tile needs Q no more
+            if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage);
+            q_ring.advance();
+        }
+    };
+    const auto finish_output = [&] {
+        wgmma_wait<0>();
+        pin(output);
+        pin(probs);
+    };
+    const auto release_v = [&] {
+        if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage);
+        v_ring.advance();
+    };
+    const auto hide_masked = [&] { mask_scores(scores, mask, tile.first_row + thread_row, block * TILE_N + thread_column); };
+    const auto pack_probs = [&] {
+#pragma unroll
+        for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
+    };
+    const auto start_tile = [&] {
+        if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
+        softmax.reset();
+        softmax.update(scores, args.scale_log2, rescale);
+        pack_probs();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] = 0.0f;
+    };
+    // The next block of a tile: its scores, then P V of the block before, which runs under the softmax.
+    const auto step = [&](auto masked) {
+        start_scores();
+        if (!PING_PONG) scale_rows(output, rescale);
+        start_output();
+        finish_scores(Constant<1>{});
+        if constexpr (decltype(masked)::value) hide_masked();
+        softmax.update(scores, args.scale_log2, rescale);
+        finish_output();
+        release_v();
+        if (PING_PONG) scale_rows(output, rescale);
+        pack_probs();
+    };
+
+    bool more = next_tile();
+    if (more) {
+        mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage, q_ring.phase);
+        start_scores();
+        if (PING_PONG) named_barrier_arrive(next_turn, 256);
+        finish_scores(Constant<0>{});
+        start_tile();
+    }
+    while (more) {
+        --block;
+        if constexpr (BOUND_RIGHT)
+            for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
+        for (; block >= (BOUND_LEFT ? max(blocks.begin, blocks.full_begin) : blocks.begin); --block) step(Constant<0>{});
+        if constexpr (BOUND_LEFT)
+            for (; block >= blocks.begin; --block) step(Constant<1>{});
+
+        if (!PING_PONG) scale_rows(output, rescale);
+        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
+        if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
+            mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage, v_ring.phase);
+            issue_output(output, probs, v_descriptor + v_ring.stage * (V_BYTES / 16));
+            finish_output();
+#pragma unroll
+            for (int i = 0; i < TILE_N / 4; ++i) {
+                float low, high;
+                unpack2(probs[i], low, high);
+                probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
+            }
+        }
+        const WorkTile done = tile;
+        more = next_tile();
+        if (more) {
+            mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage, q_ring.phase);
+            start_scores();
+            start_output();
+            finish_scores(Constant<1>{});
+        } else {
+            if (PING_PONG) named_barrier_sync(my_turn, 256);
+            start_output();
+        }
+        finish_output();
+        release_v();
+        float inverse[2], lse[2];
+        softmax.finish(args.scale_log2, inverse, lse);
+        scale_rows(output, inverse);
+        const Destination to = destination(args, done, done.first_row + thread_row);
+        store_output(output, to, args.out_row_stride);
+        store_lse(lse, to);
+        if (more) start_tile();
+    }
+    if (PING_PONG && warpgroup == 0) named_barrier_sync(my_turn, 256);  // takes up the last turn, which nobody else would
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1) attention_forward(const __grid_constant__ Arguments args) {
+    extern __shared__ char shared[];
+    const uint32_t barriers = shared_address(shared);
+    const uint32_t q_smem = (barriers + BARRIER_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
+    const uint32_t k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
+    if (threadIdx.x == 0) {
+        prefetch_tensor_map(&args.q);
+        prefetch_tensor_map(&args.k);
+        prefetch_tensor_map(&args.v);
+        for (int stage = 0; stage < Q_STAGES; ++stage) {
+            mbarrier_init(barriers + Q_FULL + 8 * stage, 1);
+            mbarrier_init(barriers + Q_EMPTY + 8 * stage, CONSUMER_WARPS);
+        }
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(barriers + K_FULL + 8 * stage, 1);
+            mbarrier_init(barriers + V_FULL + 8 * stage, 1);
+            mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
+            mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
+    if (warp < 4) {
+        release_registers<PRODUCER_REGISTERS>();
+        if (warp == 0) produce(args, barriers, q_smem, k_smem, v_smem);
+    } else {
+        acquire_registers<CONSUMER_REGISTERS>();
+        consume(args, warp / 4 - 1, barriers, q_smem, k_smem, v_smem);
+    }
+}

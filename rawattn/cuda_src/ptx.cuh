@@ -1,0 +1,139 @@
+// One wrapper for each PTX instruction that the kernels need. Section numbers: PTX ISA 8.8.
+#pragma once
+
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];  // a CUtensorMap, written by cuTensorMapEncodeTiled
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier (9.7.13.15) ----
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes the initialised barriers visible to the TMA unit.
+__device__ __forceinline__ void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// The braces keep the labels local, so that the wrapper can be inlined more than once.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra.uni DONE;\n"
+        "bra.uni WAIT;\n"
+        "DONE:\n"
+        "}\n" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+// ---- TMA (9.7.9.25) ----
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies one box to shared memory; elements outside the tensor arrive as zeros. Coordinates: column, row, row offset, head, batch.
+__device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column, int row, int offset, int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(offset), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// ---- warpgroup MMA (9.7.15) ----
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING of the latest groups are unfinished.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Pins registers that an asynchronous MMA reads or writes: the compiler may neither move accesses across this point nor reuse them before it.
+template <int N>
+__device__ __forceinline__ void pin(float (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+template <int N>
+__device__ __forceinline__ void pin(uint32_t (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+// Matrix descriptor of a 128-byte-swizzled operand (9.7.15.5.1): 8-row groups are 1024 bytes apart, 64-column slabs `slab_bytes` apart.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t slab_bytes) {
+    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(slab_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// ---- registers, barriers between warpgroups ----
+
+// setmaxnreg (9.7.20.5)
+template <int REGISTERS>
+__device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void acquire_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// bar (9.7.13.1); id 0 belongs to __syncthreads
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- arithmetic ----
+
+// ex2 (9.7.3.20): relative error 2^-22
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats rounded to nearest even and packed, the first in the low half (cvt, 9.7.9.21).
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    uint32_t packed;
+    if constexpr (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ void unpack2(uint32_t packed, float& low, float& high) {
+    if constexpr (BF16) {
+        low = __uint_as_float(packed << 16);
+        high = __uint_as_float(packed & 0xFFFF0000);
+    } else {
+        asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(packed));
+    }
+}
+
+__device__ __forceinline__ void store_global_16(void* pointer, const uint32_t (&words)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}

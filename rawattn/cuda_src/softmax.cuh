@@ -1,0 +1,70 @@
+// Online softmax on the accumulator fragments of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is
+// row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
+#pragma once
+
+constexpr float NEGATIVE_INFINITY = -1.0f / 0.0f;
+
+__device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
+__device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
+
+struct Softmax {
+    float max[2];  // of the raw scores of the thread's two rows so far
+    float sum[2];  // of exp over the thread's own columns so far; reduced over the four lanes once, at the end
+
+    __device__ __forceinline__ void reset() {
+        max[0] = max[1] = NEGATIVE_INFINITY;
+        sum[0] = sum[1] = 0.0f;
+    }
+
+    // Turns raw scores into exp(scale * (score - max)); `rescale` is what the earlier output must be multiplied by.
+    __device__ __forceinline__ void update(float (&scores)[TILE_N / 2], float scale_log2, float (&rescale)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // Two chains a row: a single one would wait for its own latency.
+            float even = scores[2 * r], odd = scores[2 * r + 1];
+#pragma unroll
+            for (int i = 4 + 2 * r; i < TILE_N / 2; i += 4) {
+                even = fmaxf(even, scores[i]);
+                odd = fmaxf(odd, scores[i + 1]);
+            }
+            float block_max = fmaxf(even, odd);
+            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 1));
+            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 2));
+            const float new_max = fmaxf(max[r], block_max);
+            const float shift = (new_max == NEGATIVE_INFINITY ? 0.0f : new_max) * scale_log2;  // -inf - -inf would be NaN
+            rescale[r] = exp2_approx(fmaf(max[r], scale_log2, -shift));
+            max[r] = new_max;
+            float sum_even = 0.0f, sum_odd = 0.0f;
+#pragma unroll
+            for (int i = 2 * r; i < TILE_N / 2; i += 4) {
+                scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -shift));
+                scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -shift));
+                sum_even += scores[i];
+                sum_odd += scores[i + 1];
+            }
+            sum[r] = fmaf(sum[r], rescale[r], sum_even + sum_odd);
+        }
+    }
+
+    // Reduces the sums over the row's lanes. Then the output is to be multiplied by inverse[r], and lse[r] is the row's log-sum-exp.
+    __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+            sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+            inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];  // a row without a key: output 0, LSE -inf; a NaN stays one
+            lse[r] = sum[r] == 0.0f ? NEGATIVE_INFINITY : fmaf(max[r] == NEGATIVE_INFINITY ? 0.0f : max[r], scale_log2 * 0.69314718f, logf(sum[r]));
+        }
+    }
+};
+
+// Hides the keys that a row does not see. `first_column` is the key position of the thread's column 0.
+__device__ __forceinline__ void mask_scores(float (&scores)[TILE_N / 2], const Mask& mask, int row, int first_column) {
+    const int begin[2] = {mask.begin(row) - first_column, mask.begin(row + 8) - first_column};
+    const int end[2] = {mask.end(row) - first_column, mask.end(row + 8) - first_column};
+#pragma unroll
+    for (int i = 0; i < TILE_N / 2; ++i) {
+        const int column = fragment_column(i), r = fragment_row(i);
+        if (column >= end[r] || (BOUND_LEFT && column < begin[r])) scores[i] = NEGATIVE_INFINITY;
+    }
+}

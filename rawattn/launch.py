@@ -1,0 +1,139 @@
+"""Plan: what stays the same between calls on arrays of one geometry. A launch fills in pointers and starts the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array
+from .compiler import UnsupportedEnvironment, load
+from .spec import KernelSpec
+from .tiles import SLAB, tile_for
+
+# struct Arguments of cuda_src/attention_forward.cu
+ARGUMENTS = np.dtype(
+    {
+        "names": ["q_map", "k_map", "v_map", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "out_strides", "sizes", "window", "scale_log2"],
+        "formats": ["V128", "V128", "V128", "u8", "u8", "u8", "u8", "3i8", "4i4", "4i4", "f4"],
+        "offsets": [0, 128, 256, 384, 392, 400, 408, 416, 440, 456, 472],
+        "itemsize": 512,
+    }
+)
+# Keys and values that are read by many tiles at a time should stay in L2 (50 MB on an H100), beside queries and outputs that pass through.
+L2_BUDGET = 32 << 20
+
+# CUtensorMap enums of cuda.h
+_TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
+_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 0
+
+
+@functools.cache
+def _encode_tiled() -> Any:
+    try:
+        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise UnsupportedEnvironment(f"The NVIDIA driver has no cuTensorMapEncodeTiled ({error}); install driver 525 or newer.") from None
+    encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4]
+    return encode
+
+
+class _TensorMap:
+    """Writes one tensor map into an argument block: 64-column, `box_rows`-row boxes of a (B, S, H, D) or packed (T, H, D) array.
+
+    The map's dimensions are column, row, row offset, head, batch. A packed array's map ends at its last row, and begins as many rows
+    before its first as it has: the offset dimension slides it so that one sequence's end falls on the map's end, and TMA clips there.
+    """
+
+    def __init__(self, address: int, array: Array, box_rows: int):
+        *batch, rows, heads, columns = array.shape
+        *batch_stride, row_stride, head_stride, _ = array.strides
+        packed = not batch
+        offsets = rows + 1 if packed else 1
+        self.origin = -rows * row_stride if packed else 0
+        extents = (columns, rows, offsets, heads, 1 if packed else batch[0])
+        # The stride of a dimension of one element is never used, but must be a legal one.
+        strides = [
+            stride if extent > 1 else 16
+            for stride, extent in zip((row_stride, row_stride, head_stride, *(batch_stride or [16])), extents[1:], strict=True)
+        ]
+        self._address = address
+        self._dtype = _TENSOR_MAP_DTYPE[array.dtype]
+        self._extents = (ctypes.c_uint64 * 5)(*extents)
+        self._strides = (ctypes.c_uint64 * 4)(*strides)
+        self._box = (ctypes.c_uint32 * 5)(SLAB, box_rows, 1, 1, 1)
+        self._element_strides = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
+        self._pointer: int | None = None
+
+    def point_to(self, pointer: int) -> None:
+        """Encodes the map anew only where the pointer changed."""
+        if pointer == self._pointer:
+            return
+        status = _encode_tiled()(
+            self._address, self._dtype, 5, pointer + self.origin, self._extents, self._strides, self._box, self._element_strides,
+            _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS,
+        )  # fmt: skip
+        if status != 0:
+            raise RuntimeError(
+                f"cuTensorMapEncodeTiled failed with CUDA error {status} for extents {list(self._extents)} and byte strides {list(self._strides)}"
+            )
+        self._pointer = pointer
+
+
+class Plan:
+    """A compiled kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place."""
+
+    def __init__(
+        self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *, batch: int, left: int, right: int, bottom_right: bool, scale: float
+    ):
+        import cupy
+
+        tile = tile_for(spec)
+        self._kernel = load(spec)
+        self._shared_memory = tile.shared_memory_bytes(spec)
+        self._block = (tile.threads,)
+
+        # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
+        storage = np.zeros(ARGUMENTS.itemsize + 128, np.uint8)
+        start = -storage.ctypes.data % 128
+        block = storage[start : start + ARGUMENTS.itemsize]
+        self._arguments = (block.view(f"V{ARGUMENTS.itemsize}"),)  # CuPy passes a one-element NumPy array by value
+        self._pointers = block[384:416].view(np.uint64)
+        address = block.ctypes.data
+        self._maps = (
+            _TensorMap(address, q, tile.tile_m),
+            _TensorMap(address + 128, k, tile.tile_n),
+            _TensorMap(address + 256, v, tile.tile_n),
+        )
+
+        rows_q, heads, _ = q.shape[-3:]
+        rows_k = k.shape[-3]
+        multiprocessors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+        if spec.varlen:
+            tiles = (-(-rows_q // tile.tile_m) + batch) * heads  # an upper bound: the lengths are known on the device only
+        else:
+            tiles = -(-rows_q // tile.tile_m) * heads * batch
+        self._grid = (min(multiprocessors, tiles),)
+
+        # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
+        head_bytes = 2 * rows_k * (spec.head_dim + spec.head_dim_v)
+        heads_per_group = batch * heads if spec.mask == "causal" else 1
+
+        fields = block.view(ARGUMENTS)[0]
+        batch_stride = 0 if spec.varlen else out.strides[0]
+        fields["out_strides"] = (batch_stride, out.strides[-3], out.strides[-2])
+        fields["sizes"] = (batch, heads, rows_q, rows_k)
+        fields["window"] = (left, right, bottom_right, min(heads_per_group, batch * heads))
+        fields["scale_log2"] = scale * math.log2(math.e)
+
+    def launch(self, q: int, k: int, v: int, out: int, lse: int, cu_seqlens_q: int, cu_seqlens_k: int, stream: Any) -> None:
+        """Starts the kernel on `stream`; the arguments are device pointers, 0 for none."""
+        q_map, k_map, v_map = self._maps
+        q_map.point_to(q)
+        k_map.point_to(k)
+        v_map.point_to(v)
+        self._pointers[:] = (out, lse, cu_seqlens_q, cu_seqlens_k)
+        self._kernel(self._grid, self._block, self._arguments, shared_mem=self._shared_memory, stream=stream)

@@ -1,0 +1,69 @@
+"""The tile table: KernelSpec -> tile sizes, pipeline stages, warpgroups and their register budgets. Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import KernelSpec
+
+SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
+SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
+BARRIER_BYTES = 256  # mbarriers, at the start of shared memory
+
+
+def slabs(dim: int) -> int:
+    """Slabs of 64 columns that hold `dim` columns; TMA fills the rest of the last one with zeros."""
+    return -(-dim // SLAB)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of one CTA's work: tile_m query rows against blocks of tile_n keys.
+
+    Each consumer warpgroup owns 64 of the tile_m rows. K and V each have `stages` buffers of tile_n rows.
+    """
+
+    tile_m: int
+    tile_n: int
+    q_stages: int  # 2: the next tile's Q arrives while this one computes
+    stages: int
+    ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
+    reason: str
+
+    @property
+    def consumer_warpgroups(self) -> int:
+        return self.tile_m // 64
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.consumer_warpgroups)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """setmaxnreg of the producer and of a consumer warpgroup; their sum over the CTA is at most 65536."""
+        return {2: (32, 240), 3: (32, 160)}[self.consumer_warpgroups]
+
+    def shared_memory_bytes(self, spec: KernelSpec) -> int:
+        q = self.q_stages * self.tile_m * slabs(spec.head_dim)
+        kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
+        return 1024 + BARRIER_BYTES + 2 * SLAB * (q + kv)  # 1024: slabs start on 1 KiB, the swizzle's period
+
+
+# (largest head_dim, largest head_dim_v, masks, tile); the first row that holds the spec is used.
+# Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 30 for the rest.
+TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
+    (64, 64, ("full", "causal", "window"), Tile(192, 128, 2, 2, True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2")),
+    (128, 128, ("full",), Tile(128, 160, 2, 2, True, "the widest block whose scores, P and output fit in 240 registers")),
+    (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, True, "square, so that the diagonal wastes half a block and no more")),
+    (192, 128, ("full", "causal", "window"), Tile(128, 128, 1, 2, False, "two stages of 192 + 128 columns just fit in shared memory")),
+    (192, 192, ("full", "causal", "window"), Tile(128, 112, 1, 2, False, "two stages of 192 + 192 columns just fit in shared memory")),
+    (256, 256, ("full", "causal", "window"), Tile(128, 80, 1, 2, False, "two stages of 256 + 256 columns just fit; output alone takes 128 registers")),
+)
+
+
+def tile_for(spec: KernelSpec) -> Tile:
+    """The row of the table that serves `spec`. It depends on nothing but the spec, so a row's bits cannot depend on its batch."""
+    for head_dim, head_dim_v, masks, tile in TABLE:
+        if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.mask in masks:
+            return tile
+    raise AssertionError(f"no tile for {spec}")  # the last row holds every legal spec

@@ -1,0 +1,1002 @@
+"""attention() on a Hopper GPU: every shape of the contract against float64, bits, streams, graphs, frameworks, errors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rawattn
+from rawattn import compiler, reference
+from rawattn.spec import KernelSpec
+from rawattn.tiles import tile_for
+
+cp = pytest.importorskip("cupy")
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+POISON = 0xFFFF  # the bits of a NaN in float16 and in bfloat16
+GUARD = 4096  # poisoned elements before and after every array
+
+
+# ---- arrays in poisoned memory
+
+
+@functools.cache
+def _normal_kernel() -> Any:
+    # Box-Muller over SplitMix64, so that the tests need neither cuRAND nor a copy from the host.
+    return cp.ElementwiseKernel(
+        "uint64 seed",
+        "float32 x",
+        """unsigned long long z = ((seed << 32) + (unsigned long long)i) * 0x9E3779B97F4A7C15ull;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        z ^= z >> 31;
+        x = sqrtf(-2.0f * logf(((unsigned)(z >> 40) + 1) * 0x1p-24f)) * cospif((unsigned)(z & 0xFFFFFF) * 0x1p-23f);""",
+        "rawattn_test_normal",
+    )
+
+
+_seeds = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Each test has the same numbers whether it runs alone or among the others."""
+    global _seeds
+    _seeds = itertools.count(zlib.crc32(request.node.name.encode()) // 2)
+
+
+def normal(shape: tuple[int, ...], dtype: str) -> Any:
+    """N(0, 1) numbers, in each call of a test other ones."""
+    x = cp.empty(shape, np.float32)
+    if x.size:
+        _normal_kernel()(next(_seeds), x)
+    return x.astype(DTYPES[dtype])
+
+
+def strides_of(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a (B, S, H, D) array."""
+    b, s, h, d = shape
+    if layout == "contiguous":
+        return s * h * d, h * d, d, 1
+    if layout == "bhsd":  # a transposed (B, H, S, D) array
+        return h * s * d, d, s * d, 1
+    if layout == "sbhd":  # a transposed (S, B, H, D) array
+        return h * d, b * h * d, d, 1
+    if layout == "padded":  # every row, head and sequence is followed by memory that belongs to nobody
+        head = d + 8
+        row = h * head + 16
+        return s * row + 24, row, head, 1
+    if layout == "every other sequence":
+        return 2 * s * h * d, h * d, d, 1
+    raise AssertionError(layout)
+
+
+LAYOUTS = ("contiguous", "bhsd", "sbhd", "padded", "every other sequence")
+
+
+def poisoned(shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> tuple[Any, Any]:
+    """An array of NaNs with `strides` (in elements), and the buffer of NaNs around it."""
+    extent = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    buffer = cp.full(GUARD + extent + GUARD, POISON, np.uint16)
+    view = cp.lib.stride_tricks.as_strided(buffer[GUARD:].view(DTYPES[dtype]), shape, tuple(2 * stride for stride in strides))
+    return view, buffer
+
+
+def poison(x: Any) -> None:
+    x.view(np.uint16)[...] = POISON
+
+
+def strided(values: Any, layout: str) -> Any:
+    """A copy of `values` in the given layout, with NaNs in all the memory around it."""
+    view, _ = poisoned(values.shape, values.dtype.name, strides_of(layout, values.shape))
+    view[...] = values
+    return view
+
+
+def packed_qkv(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """Copies of q, k and v as slices of one array whose rows hold the heads of q, k and v, then eight NaNs."""
+    batch, rows = q.shape[:2]
+    widths = [x.shape[2] * x.shape[3] for x in (q, k, v)]
+    row = sum(widths) + 8
+    whole, _ = poisoned((batch, rows, row), q.dtype.name, (rows * row, row, 1))
+    views, start = [], 0
+    for x, width in zip((q, k, v), widths, strict=True):
+        head_dim = x.shape[3]
+        shape, strides = x.shape, (2 * rows * row, 2 * row, 2 * head_dim, 2)
+        views.append(cp.lib.stride_tricks.as_strided(whole[:, :, start : start + width], shape, strides))
+        views[-1][...] = x
+        start += width
+    return views[0], views[1], views[2]
+
+
+def untouched_outside(view: Any, buffer: Any) -> bool:
+    """Whether `buffer` still holds nothing but poison outside of `view`, which this overwrites."""
+    poison(view)
+    return bool((buffer == POISON).all())
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    kind = np.dtype(f"u{a.dtype.itemsize}")
+    return a.shape == b.shape and bool((cp.ascontiguousarray(a).view(kind) == cp.ascontiguousarray(b).view(kind)).all())
+
+
+# ---- the rule
+
+
+MAX_ERROR = {"float16": 4.9e-4, "bfloat16": 3.9e-3}
+FEW_KEYS = 64
+ENOUGH_ELEMENTS = 8192
+
+
+def assert_close(out: Any, expected: Any, keys_seen: Any = None, l2_factor: float = 1.5) -> None:
+    """Relative L2 error at most 1.5 times that of rounding `expected` (float64) to the dtype; max error at most MAX_ERROR or 1.25 times it.
+
+    A row that sees few keys rounds few weights, so that the luck of one of them shows: where such rows exist (`keys_seen`, keys of each
+    row) the max error may be 2.5 times that of the rounding (in a simulation of such rows it reached 1.9). Where rounding costs nothing, as
+    with one key, no error is allowed.
+    """
+    assert out.shape == expected.shape
+    if out.size == 0:
+        return
+    dtype = out.dtype.name
+    few = keys_seen is not None and bool(((keys_seen > 1) & (keys_seen < FEW_KEYS)).any())
+    error = cp.abs(out.astype(np.float64) - expected)
+    error[cp.isnan(error)] = math.inf
+    rounding = cp.abs(expected.astype(out.dtype).astype(np.float64) - expected)
+    norm = math.sqrt(float((expected * expected).sum())) or 1.0
+    l2, l2_rounding = (math.sqrt(float((e * e).sum())) / norm for e in (error, rounding))
+    worst, worst_rounding = float(error.max()), float(rounding.max())
+    l2_limit = l2_factor * l2_rounding
+    max_limit = max(MAX_ERROR[dtype], (2.5 if few else 1.25) * worst_rounding) if l2_rounding else 0.0
+    if not (l2 <= l2_limit and worst <= max_limit):
+        at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))
+        wrong = error > max_limit
+        raise AssertionError(
+            f"relative L2 error {l2:.3g} (limit {l2_limit:.3g}, rounding {l2_rounding:.3g}); "
+            f"max error {worst:.3g} (limit {max_limit:.3g}, rounding {worst_rounding:.3g}) at {at} of {out.shape}: "
+            f"{float(out[at]):.6g}, expected {float(expected[at]):.6g}; {int(wrong.sum())} elements over the limit, "
+            f"{int(cp.isnan(out.astype(np.float64)).sum())} NaN"
+        )
+
+
+def assert_lse_close(lse: Any, expected: Any) -> None:
+    """-inf at the same places, and elsewhere an error of at most 2e-5, relative above 1."""
+    assert lse.dtype == np.float32 and lse.shape == expected.shape
+    if lse.size == 0:
+        return
+    empty = expected == -math.inf
+    error = cp.where(empty, 0, cp.abs(lse.astype(np.float64) - cp.where(empty, 0, expected)))
+    error = error / cp.maximum(1, cp.abs(cp.where(empty, 0, expected)))
+    error[cp.isnan(error) | (empty != (lse == -math.inf))] = math.inf
+    if float(error.max()) > 2e-5:
+        at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))
+        raise AssertionError(
+            f"LSE error {float(error.max()):.3g} (limit 2e-5) at {at} of {lse.shape}: {float(lse[at]):.8g}, "
+            f"expected {float(expected[at]):.8g}; {int((error > 2e-5).sum())} elements over the limit"
+        )
+
+
+def assert_right(out: Any, lse: Any, q: Any, k: Any, v: Any, masks: dict[str, Any]) -> None:
+    """`out` and `lse` of dense q, k and v by the rule; the L2 limit is wider where too few elements are rounded for it to be certain."""
+    expected, expected_lse = reference.attention(q, k, v, **masks, return_lse=True)
+    first, last = reference.visible_keys(q.shape[1], k.shape[1], masks.get("causal", False), masks.get("window"))
+    rounded_elements = int((last - first > 1).sum()) * q.shape[0] * q.shape[2] * v.shape[3]
+    try:
+        assert_close(out, expected, last - first, l2_factor=1.5 if rounded_elements >= ENOUGH_ELEMENTS else 2.5)
+        assert_lse_close(lse, expected_lse)
+    except AssertionError as error:
+        raise AssertionError(f"q {q.shape}, k {k.shape}, v {v.shape}: {error}") from None
+
+
+# ---- variants and shapes
+
+
+MASKS = ("full", "causal", "window")
+RATIOS = (1, 2, 3, 4, 7, 8, 16, 32)
+SHAPES_OF_A_VARIANT = 6
+
+
+def _variants() -> list[KernelSpec]:
+    """96 variants: every D three times, once for each mask, with Dv = D, Dv from far away, and a shuffled Dv; dtypes and ratios in turn."""
+    dims = list(range(8, 257, 8))
+    shuffled = random.Random(8).sample(dims, len(dims))
+    variants = []
+    for i, dim in enumerate(dims):
+        for j, mask in enumerate(MASKS):
+            n = len(MASKS) * i + j
+            dim_v = (dim, 264 - dim, shuffled[i])[(i + j) % 3]
+            variants.append(KernelSpec(tuple(DTYPES)[(i + j) % 2], dim, dim_v, RATIOS[n % len(RATIOS)], mask))
+    return variants
+
+
+VARIANTS = _variants()
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: KernelSpec
+    batch: int
+    rows_q: int
+    rows_k: int
+    heads_k: int
+    causal: bool | str
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    layout: str
+    layout_out: str | None  # None: attention() makes the output
+
+    @property
+    def keys_seen(self) -> np.ndarray:
+        first, last = reference.visible_keys(self.rows_q, self.rows_k, self.causal, self.window)
+        return np.maximum(last - first, 0)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        return {"causal": self.causal, "window": self.window, "scale": self.scale}
+
+
+def _draw_length(rng: random.Random) -> int:
+    kind = rng.random()
+    if kind < 0.06:
+        return rng.randint(0, 1)
+    if kind < 0.50:
+        return rng.randint(2, 200)
+    if kind < 0.75:
+        return rng.randint(201, 1000) | 1
+    return rng.randint(1001, 4200)
+
+
+def _draw_mask(rng: random.Random, mask: str) -> tuple[bool | str, tuple[int | None, int | None] | None]:
+    def side() -> int:
+        return rng.choice((0, 1, rng.randint(2, 63), rng.randint(64, 600)))
+
+    if mask == "full":
+        return False, rng.choice((None, None, (None, None), (-1, None)))
+    if mask == "causal":
+        return rng.choice(((True, None), ("top-left", None), (False, (None, side())), (False, (-1, 0)), (True, (None, 3))))
+    return rng.choice(
+        ((False, (side(), side())), (False, (side(), None)), (True, (side(), -1)), (True, (side(), 5)), ("top-left", (side(), side())))
+    )
+
+
+def _draw(rng: random.Random, spec: KernelSpec) -> Case:
+    """Any shape that float64 can check in well under a second, with so many elements that the L2 rule does not hang on luck."""
+    while True:
+        rows_q, rows_k = _draw_length(rng), _draw_length(rng)
+        layout = rng.choice((*LAYOUTS, "packed QKV", "packed QKV"))
+        if layout == "packed QKV" or rng.random() < 0.2:
+            rows_k = rows_q
+        heads_k = rng.randint(1, 16)
+        causal, window = _draw_mask(rng, spec.mask)
+        # A steeper softmax would rest on few keys, where the max error hangs on luck.
+        factor = rng.choice((None, None, None, 0.5, 0.8))
+        scale = None if factor is None else factor / math.sqrt(spec.head_dim)
+        case = Case(spec, 1, rows_q, rows_k, heads_k, causal, window, scale, layout, rng.choice((None, *LAYOUTS)))
+        heads_q = heads_k * spec.gqa_ratio
+        rounded_elements = int((case.keys_seen > 1).sum()) * heads_q * spec.head_dim_v
+        batch = rng.randint(1, 3)
+        if rounded_elements:
+            batch = max(batch, -(-ENOUGH_ELEMENTS // rounded_elements))
+        scores = batch * heads_q * rows_q * rows_k
+        elements = batch * heads_q * max(rows_q, rows_k) * max(spec.head_dim, spec.head_dim_v)
+        if scores <= 1 << 27 and elements <= 1 << 26 and batch * heads_k <= 300:
+            return Case(spec, batch, rows_q, rows_k, heads_k, causal, window, scale, layout, case.layout_out)
+
+
+def cases_of(spec: KernelSpec) -> list[Case]:
+    rng = random.Random(spec.name)
+    return [_draw(rng, spec) for _ in range(SHAPES_OF_A_VARIANT)]
+
+
+# What the other tests call for; listed so that it is compiled in parallel, before the first test.
+DENSE = {
+    "D 64": KernelSpec("float16", 64, 64, 1, "full"),
+    "D 64 causal": KernelSpec("bfloat16", 64, 64, 4, "causal"),
+    "D 128": KernelSpec("bfloat16", 128, 128, 4, "full"),
+    "D 128 causal": KernelSpec("bfloat16", 128, 128, 4, "causal"),
+    "D 128 window": KernelSpec("float16", 128, 128, 8, "window"),
+    "D 192/128 causal": KernelSpec("bfloat16", 192, 128, 1, "causal"),
+    "D 256 causal": KernelSpec("float16", 256, 256, 2, "causal"),
+    "D 40/72 window": KernelSpec("bfloat16", 40, 72, 7, "window"),
+}
+VARLEN = {name: KernelSpec(s.dtype, s.head_dim, s.head_dim_v, s.gqa_ratio, s.mask, varlen=True) for name, s in DENSE.items()}
+MASK_OF: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": (100, 37)}}
+NAN_SPECS = [KernelSpec("bfloat16", 128, 128, 4, mask) for mask in MASKS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request: pytest.FixtureRequest) -> None:
+    """Compile all variants in parallel processes, showing how far it is. One that fails fails again, with its log, in its own test."""
+    specs = list(dict.fromkeys([*VARIANTS, *DENSE.values(), *VARLEN.values(), *NAN_SPECS]))
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    workers = min(os.cpu_count() or 1, len(specs))
+    with capture.global_and_fixture_disabled(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        failed = 0
+        for done, future in enumerate(as_completed([pool.submit(compiler.build, spec) for spec in specs]), start=1):
+            failed += future.exception() is not None
+            if done % 20 == 0 or done == len(specs):
+                print(f"\n{done} of {len(specs)} variants compiled, {failed} failed", end="", flush=True)
+
+
+def make(spec: KernelSpec, batch: int, rows_q: int, rows_k: int, heads_k: int) -> tuple[Any, Any, Any]:
+    q = normal((batch, rows_q, heads_k * spec.gqa_ratio, spec.head_dim), spec.dtype)
+    k = normal((batch, rows_k, heads_k, spec.head_dim), spec.dtype)
+    v = normal((batch, rows_k, heads_k, spec.head_dim_v), spec.dtype)
+    return q, k, v
+
+
+# ---- shapes
+
+
+def _run(case: Case) -> None:
+    q, k, v = make(case.spec, case.batch, case.rows_q, case.rows_k, case.heads_k)
+    expected, expected_lse = reference.attention(q, k, v, **case.masks, return_lse=True)
+    q, k, v = packed_qkv(q, k, v) if case.layout == "packed QKV" else (strided(x, case.layout) for x in (q, k, v))
+    if case.layout_out is None:
+        out, lse = rawattn.attention(q, k, v, **case.masks, return_lse=True)
+    else:
+        view, buffer = poisoned(expected.shape, case.spec.dtype, strides_of(case.layout_out, expected.shape))
+        result, lse = rawattn.attention(q, k, v, **case.masks, out=view, return_lse=True)
+        assert result is view
+        out = view.copy()
+        assert untouched_outside(view, buffer), "memory around out was written"
+    assert_close(out, expected, case.keys_seen)
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("spec", VARIANTS, ids=lambda spec: spec.name)
+def test_random_shapes(spec: KernelSpec) -> None:
+    failures = []
+    for case in cases_of(spec):
+        try:
+            _run(case)
+        except AssertionError as error:  # the others of the variant show where the fault lies; a CUDA error ends the test at once
+            failures.append(f"{case}\n    {error}")
+    assert not failures, "\n".join([f"{len(failures)} of {SHAPES_OF_A_VARIANT} shapes are wrong", *failures])
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_lengths_around_the_edges_of_tiles_and_blocks(name: str) -> None:
+    spec = DENSE[name]
+    tile = tile_for(spec)
+    masks = MASK_OF[spec.mask]
+    edges_q = [1, 63, 64, 65, tile.tile_m - 1, tile.tile_m, tile.tile_m + 1, 2 * tile.tile_m + 1]
+    edges_k = [1, 2, 15, 16, 17, tile.tile_n - 1, tile.tile_n, tile.tile_n + 1, 2 * tile.tile_n, 3 * tile.tile_n + 1]
+    for rows_q, rows_k in itertools.product(edges_q, edges_k):
+        q, k, v = make(spec, 2, rows_q, rows_k, 2)
+        assert_right(*rawattn.attention(q, k, v, **masks, return_lse=True), q, k, v, masks)
+
+
+@pytest.mark.parametrize("batch, rows_q, rows_k, heads", [(2, 0, 5, 4), (2, 5, 0, 4), (1, 0, 0, 4), (0, 5, 5, 4)])
+@pytest.mark.parametrize("causal", [False, True, "top-left"])
+def test_empty(batch: int, rows_q: int, rows_k: int, heads: int, causal: bool | str) -> None:
+    q, k, v = (normal((batch, rows, heads, 64), "float16") for rows in (rows_q, rows_k, rows_k))
+    out = cp.empty_like(q)
+    poison(out)
+    out, lse = rawattn.attention(q, k, v, causal=causal, out=out, return_lse=True)
+    assert out.shape == q.shape and bool((out == 0).all())
+    assert lse.shape == (batch, heads, rows_q) and bool((lse == -math.inf).all())
+
+
+def test_large_scores() -> None:
+    """Scores up to some thousands: the softmax is then nearly one key's, and its LSE nearly the largest score."""
+    spec = DENSE["D 128"]
+    q, k, v = make(spec, 1, 300, 500, 2)
+    q = (q.astype(np.float32) * 30).astype(q.dtype)
+    expected, expected_lse = reference.attention(q, k, v, scale=1.0, return_lse=True)
+    out, lse = rawattn.attention(q, k, v, scale=1.0, return_lse=True)
+    # float32 scores of that size are off by some 1e-4 themselves, so the rule for N(0, 1) inputs does not hold.
+    assert float(cp.abs(out.astype(np.float64) - expected).max()) < 0.05
+    assert float(cp.abs(lse / expected_lse - 1).max()) < 1e-6
+
+
+# ---- NaN and inf
+
+
+@pytest.mark.parametrize("spec", NAN_SPECS, ids=lambda spec: spec.mask)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_nan_reaches_the_rows_that_see_it_and_no_other_sequence_or_head(spec: KernelSpec, where: str) -> None:
+    masks = MASK_OF[spec.mask]
+    q, k, v = make(spec, 3, 1100, 1100, 2)
+    clean, clean_lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+    batch, key, head = 1, 333, 0
+    {"k": k, "v": v}[where][batch, key, head] = math.nan
+    out, lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+
+    first, last = reference.visible_keys(1100, 1100, masks.get("causal", False), masks.get("window"))
+    sees = np.flatnonzero((first <= key) & (key < last))
+    group = slice(head * spec.gqa_ratio, (head + 1) * spec.gqa_ratio)
+    assert bool(cp.isnan(out[batch, int(sees[0]) : int(sees[-1]) + 1, group].astype(np.float32)).all())
+
+    # A mask hides the key from rows of the same tile, and from those of a tile which loads the key's block, but 0 * NaN may reach them.
+    tile = tile_for(spec)
+    near = tile.tile_m + tile.tile_n
+    rows = slice(max(0, int(sees[0]) - near), int(sees[-1]) + near)
+    out[batch, rows, group], lse[batch, group, rows] = clean[batch, rows, group], clean_lse[batch, group, rows]
+    assert same_bits(out, clean) and same_bits(lse, clean_lse)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_value_reaches_every_row_that_sees_it(value: float) -> None:
+    q, k, v = make(DENSE["D 128 causal"], 1, 400, 400, 2)
+    v[0, 200, 1, 7] = value
+    out = rawattn.attention(q, k, v, causal=True)[0].astype(np.float32)
+    assert bool((out[200:, 4:, 7] == value).all())
+    for others in (out[:, :4], out[:, 4:, :7], out[:, 4:, 8:]):
+        assert bool(cp.isfinite(others).all())
+
+
+# ---- bits
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_ten_runs_give_the_same_bits(name: str) -> None:
+    spec = DENSE[name]
+    masks = MASK_OF[spec.mask]
+    q, k, v = make(spec, 4, 1501, 1777, 8)
+    first, first_lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+    for _ in range(9):
+        out, lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+        assert same_bits(out, first) and same_bits(lse, first_lse)
+
+
+@pytest.mark.parametrize("rows_q, rows_k", [(1, 700), (77, 77), (700, 1000)])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_sequence_does_not_depend_on_its_batch(name: str, rows_q: int, rows_k: int) -> None:
+    spec = DENSE[name]
+    masks = MASK_OF[spec.mask]
+    q, k, v = make(spec, 1, rows_q, rows_k, 2)
+    alone, alone_lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+    for batch, place in [(2, 1), (7, 3), (40, 39)]:
+        many = make(spec, batch, rows_q, rows_k, 2)
+        for x, one in zip(many, (q, k, v), strict=True):
+            x[place] = one[0]
+        out, lse = rawattn.attention(*many, **masks, return_lse=True)
+        assert same_bits(out[place], alone[0]) and same_bits(lse[place], alone_lse[0]), f"place {place} of {batch}"
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_strides_and_out_do_not_change_bits(name: str) -> None:
+    spec = DENSE[name]
+    masks = MASK_OF[spec.mask]
+    q, k, v = make(spec, 2, 333, 333, 3)
+    plain, plain_lse = rawattn.attention(q, k, v, **masks, return_lse=True)
+    inputs = [packed_qkv(q, k, v)] + [tuple(strided(x, layout) for x in (q, k, v)) for layout in LAYOUTS]
+    for arrays, layout in itertools.product(inputs, LAYOUTS):
+        view, buffer = poisoned(plain.shape, spec.dtype, strides_of(layout, plain.shape))
+        _, lse = rawattn.attention(*arrays, **masks, out=view, return_lse=True)
+        assert same_bits(view, plain) and same_bits(lse, plain_lse), layout
+        assert untouched_outside(view, buffer), layout
+
+
+def test_return_lse_does_not_change_bits() -> None:
+    q, k, v = make(DENSE["D 128"], 2, 100, 400, 2)
+    assert same_bits(rawattn.attention(q, k, v), rawattn.attention(q, k, v, return_lse=True)[0])
+
+
+# ---- sequences of different lengths
+
+
+LENGTHS = {
+    "mixed": ([1, 17, 128, 300, 333, 64], [5, 17, 200, 31, 1000, 64]),
+    "no queries in some": ([0, 40, 0, 0, 130, 0], [7, 40, 300, 0, 200, 1]),
+    "no keys in some": ([9, 40, 129, 1, 60, 5], [0, 40, 0, 0, 200, 0]),
+    "all empty": ([0, 0, 0], [0, 0, 0]),
+    "one sequence": ([700], [900]),
+    "no sequence": ([], []),
+    "two hundred of one": ([1] * 200, [1] * 200),
+    "long and short": ([2000, 1, 1, 3, 1000], [2100, 1, 3000, 3, 10]),
+}
+
+
+def cu_seqlens(lengths: list[int]) -> Any:
+    return cp.asarray(np.cumsum([0, *lengths]), np.int32)
+
+
+def make_varlen(spec: KernelSpec, rows_q: int, rows_k: int, heads_k: int) -> tuple[Any, Any, Any]:
+    """Packed q, k and v, with NaNs between heads, before the first row and after the last."""
+    q, k, v = make(spec, 1, rows_q, rows_k, heads_k)
+    return tuple(strided(x, "padded")[0] for x in (q, k, v))  # type: ignore[return-value]
+
+
+def sequences(lengths_q: list[int], lengths_k: list[int]) -> Iterator[tuple[slice, slice]]:
+    ends_q, ends_k = np.cumsum([0, *lengths_q]).tolist(), np.cumsum([0, *lengths_k]).tolist()
+    for b in range(len(lengths_q)):
+        yield slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen_equals_a_loop_over_the_sequences(name: str, lengths: str) -> None:
+    spec = VARLEN[name]
+    masks = MASK_OF[spec.mask]
+    lengths_q, lengths_k = LENGTHS[lengths]
+    spare = 37  # rows that belong to no sequence: NaN in the inputs, not written in the output
+    q, k, v = make_varlen(spec, sum(lengths_q) + spare, sum(lengths_k) + spare, 2)
+    for x in (q[sum(lengths_q) :], k[sum(lengths_k) :], v[sum(lengths_k) :]):
+        poison(x)
+    shape = (1, *q.shape[:-1], spec.head_dim_v)
+    view, buffer = poisoned(shape, spec.dtype, strides_of("padded", shape))
+    out, lse = rawattn.attention_varlen(q, k, v, cu_seqlens(lengths_q), cu_seqlens(lengths_k), **masks, out=view[0], return_lse=True)
+    for rows_q, rows_k in sequences(lengths_q, lengths_k):
+        one = [x[None] for x in (q[rows_q], k[rows_k], v[rows_k])]
+        assert_right(out[None, rows_q], lse[None, :, rows_q], *one, masks)
+        dense, dense_lse = rawattn.attention(*one, **masks, return_lse=True)
+        assert same_bits(out[None, rows_q], dense) and same_bits(lse[None, :, rows_q], dense_lse), (rows_q, rows_k)
+    assert untouched_outside(out[: sum(lengths_q)], buffer), "rows of no sequence, or memory around out, were written"
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_a_neighbours_nan_stays_with_it(name: str) -> None:
+    spec = VARLEN[name]
+    masks = MASK_OF[spec.mask]
+    lengths_q, lengths_k = [50, 3, 200, 130, 9], [50, 61, 200, 300, 2]
+    ends = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+    clean = make_varlen(spec, sum(lengths_q), sum(lengths_k), 2)
+    expected, expected_lse = rawattn.attention_varlen(*clean, *ends, **masks, return_lse=True)
+    for rows_q, rows_k in sequences(lengths_q, lengths_k):
+        q, k, v = (cp.empty(x.shape, x.dtype) for x in clean)
+        for x, whole, rows in zip((q, k, v), clean, (rows_q, rows_k, rows_k), strict=True):
+            poison(x)
+            x[rows] = whole[rows]
+        out, lse = rawattn.attention_varlen(q, k, v, *ends, **masks, return_lse=True)
+        assert same_bits(out[rows_q], expected[rows_q]) and same_bits(lse[:, rows_q], expected_lse[:, rows_q]), (rows_q, rows_k)
+
+
+# ---- frameworks
+
+
+class Framework(NamedTuple):
+    name: str
+    send: Callable[[Any], Any]  # a CuPy array as one of the framework's over the same memory
+    receive: Callable[[Any], Any]  # and back
+
+
+@pytest.fixture(params=["cupy", "torch", "jax"])
+def framework(request: pytest.FixtureRequest) -> Framework:
+    def received(x: Any) -> Any:
+        cp.cuda.Device().synchronize()
+        return cp.from_dlpack(x)
+
+    def sender(from_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def send(x: Any) -> Any:
+            cp.cuda.Device().synchronize()
+            return from_dlpack(x)
+
+        return send
+
+    if request.param == "torch":
+        torch = torch_on_gpu()
+        return Framework("torch", sender(torch.from_dlpack), received)
+    if request.param == "jax":
+        jax = jax_on_gpu()
+        return Framework("jax", sender(jax.dlpack.from_dlpack), received)
+    return Framework("cupy", lambda x: x, lambda x: x)
+
+
+def torch_on_gpu() -> Any:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return torch
+
+
+def jax_on_gpu() -> Any:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    try:
+        jax.devices("gpu")
+    except RuntimeError as error:
+        pytest.skip(f"JAX sees no GPU: {error}")
+    return jax
+
+
+LLAMA = DENSE["D 128 causal"]  # LLaMA 3.1 8B: 32 query heads and 8 key/value heads of 128
+
+
+@functools.cache
+def llama(batch: int, rows: int) -> tuple[Any, ...]:
+    q, k, v = make(LLAMA, batch, rows, rows, 8)
+    return q, k, v, *reference.attention(q, k, v, causal=True, return_lse=True)
+
+
+@pytest.mark.parametrize("rows", [17, 512, 4096])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_llama(framework: Framework, batch: int, rows: int) -> None:
+    q, k, v, expected, expected_lse = llama(batch, rows)
+    inputs = [framework.send(x) for x in (q, k, v)]
+    out, lse = rawattn.attention(*inputs, causal=True, return_lse=True)
+    for x, dtype in ((out, "bfloat16"), (lse, "float32")):
+        assert type(x) is type(inputs[0])
+        assert x.device == inputs[0].device
+        assert str(x.dtype).removeprefix("torch.") == dtype
+    assert_close(framework.receive(out), expected, np.arange(1, rows + 1))
+    assert_lse_close(framework.receive(lse), expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frameworks_give_the_same_bits(framework: Framework, dtype: str) -> None:
+    spec = KernelSpec(dtype, 64, 64, 1, "full")
+    q, k, v = make(spec, 2, 100, 130, 3)
+    plain, plain_lse = rawattn.attention(q, k, v, return_lse=True)
+    out, lse = rawattn.attention(*(framework.send(x) for x in (q, k, v)), return_lse=True)
+    assert same_bits(framework.receive(out), plain) and same_bits(framework.receive(lse), plain_lse)
+
+    ends = cu_seqlens([60, 0, 140])
+    packed = [x.reshape(-1, 3, 64)[:200] for x in (q, k, v)]
+    plain = rawattn.attention_varlen(*packed, ends, ends)
+    out = rawattn.attention_varlen(*(framework.send(x) for x in (*packed, ends, ends)))
+    assert same_bits(framework.receive(out), plain)
+
+
+def test_no_copy_on_the_way(framework: Framework) -> None:
+    """A call takes memory for its results and for nothing else, and keeps nothing once they are gone."""
+    q, k, v = make(DENSE["D 128"], 2, 2048, 2048, 8)
+    inputs = [framework.send(x) for x in (q, k, v)]
+
+    torch = torch_on_gpu() if framework.name == "torch" else None
+    pool = cp.get_default_memory_pool()
+
+    def held() -> int:
+        return pool.used_bytes() + (torch.cuda.memory_allocated() if torch else 0)
+
+    rawattn.attention(*inputs)
+    before = held()
+    if torch:
+        torch.cuda.reset_peak_memory_stats()
+    out = rawattn.attention(*inputs)
+    assert held() - before <= q.nbytes + 1024
+    if torch:
+        assert torch.cuda.max_memory_allocated() + pool.used_bytes() - before <= q.nbytes + 1024
+    cp.cuda.Device().synchronize()
+    del out
+    assert held() == before
+
+
+def test_inputs_are_let_go() -> None:
+    """What is kept from call to call must not hold the caller's arrays."""
+    pool = cp.get_default_memory_pool()
+    rawattn.attention(*make(DENSE["D 128"], 1, 777, 777, 8))
+    before = pool.used_bytes()
+    for rows in (778, 779, 780):
+        rawattn.attention(*make(DENSE["D 128"], 1, rows, rows, 8))
+    assert pool.used_bytes() <= before
+
+
+# ---- streams
+
+
+SPIN_CYCLES = 60_000_000  # some 35 ms, far longer than the host needs for the calls behind it
+
+
+@functools.cache
+def _spin_kernel() -> Any:
+    return cp.RawKernel(
+        'extern "C" __global__ void spin(long long n) { long long start = clock64(); while (clock64() - start < n) {} }', "spin"
+    )
+
+
+def spin() -> None:
+    """Keep CuPy's current stream busy for a while."""
+    _spin_kernel()((1,), (1,), (np.int64(SPIN_CYCLES),))
+
+
+def test_cupy_stream() -> None:
+    """Work goes to the current stream: it waits for the inputs that this stream is still making, and what follows there waits for it."""
+    values = make(DENSE["D 128"], 2, 500, 700, 2)
+    expected = reference.attention(*values)
+    stream = cp.cuda.Stream(non_blocking=True)
+    for _ in range(2):  # the second time, nothing is left to compile meanwhile
+        inputs = [cp.empty_like(x) for x in values]
+        for x in inputs:
+            poison(x)
+        cp.cuda.Device().synchronize()
+        with stream:
+            spin()
+            for x, value in zip(inputs, values, strict=True):
+                x[...] = value
+            out = rawattn.attention(*inputs)
+            result = out.copy()
+            out[...] = 0
+        stream.synchronize()
+        assert_close(result, expected)
+
+
+def test_torch_stream() -> None:
+    torch = torch_on_gpu()
+    values = make(DENSE["D 128"], 2, 500, 700, 2)
+    expected = reference.attention(*values)
+    cp.cuda.Device().synchronize()
+    sources = [torch.from_dlpack(x) for x in values]
+    stream = torch.cuda.Stream()
+    for _ in range(2):
+        inputs = [torch.full_like(x, math.nan) for x in sources]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SPIN_CYCLES)
+            for x, value in zip(inputs, sources, strict=True):
+                x.copy_(value)
+            out = rawattn.attention(*inputs)
+            result = out.clone()
+            out.zero_()
+        stream.synchronize()
+        assert_close(cp.from_dlpack(result), expected)
+
+
+def test_jax_order() -> None:
+    """JAX has streams of its own: the call waits for inputs that XLA is still making, and XLA waits for the call's result."""
+    jax = jax_on_gpu()
+    values = make(DENSE["D 128"], 2, 500, 700, 2)
+    expected = reference.attention(*values)
+    cp.cuda.Device().synchronize()
+    sources = [jax.dlpack.from_dlpack(x) for x in values]
+
+    @jax.jit
+    def slowly(x: Any, matrix: Any) -> Any:
+        for _ in range(20):
+            matrix = matrix @ matrix
+        return jax.numpy.where(jax.numpy.isnan(matrix.sum()), jax.numpy.nan, x).astype(x.dtype)
+
+    negate = jax.jit(lambda x: -x)
+    matrix = jax.numpy.eye(4096, dtype=jax.numpy.float32)
+    stream = cp.cuda.Stream(non_blocking=True)
+    for current in (cp.cuda.Stream.null, stream):
+        with current:
+            inputs = [slowly(x, matrix) for x in sources]
+            spin()
+            negated = negate(rawattn.attention(*inputs))
+            negated.block_until_ready()
+        assert_close(cp.from_dlpack(negated), -expected)
+
+
+def test_jax_inputs_may_be_let_go_at_once() -> None:
+    """XLA may give a dead array's memory to its next computation, which does not wait for our stream: the call must keep it alive."""
+    jax = jax_on_gpu()
+    values = make(DENSE["D 128"], 2, 500, 700, 2)
+    expected = reference.attention(*values)
+    cp.cuda.Device().synchronize()
+    sources = [jax.dlpack.from_dlpack(x) for x in values]
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(2):
+            inputs = jax.block_until_ready([jax.numpy.copy(x) for x in sources])
+            spin()
+            out = rawattn.attention(*inputs)
+            del inputs
+            garbage = [jax.numpy.full(x.shape, jax.numpy.nan, x.dtype) for x in sources for _ in range(4)]
+            jax.block_until_ready(garbage)
+            stream.synchronize()
+            assert_close(cp.from_dlpack(out), expected)
+
+
+# ---- CUDA graphs
+
+
+REPLAYS = [
+    ([100, 300, 1, 99], [100, 500, 150, 50]),
+    ([500, 0, 0, 0], [800, 0, 0, 0]),
+    ([0, 0, 0, 500], [0, 10, 0, 790]),
+    ([3, 200, 100, 50], [700, 1, 0, 77]),
+    ([0, 0, 0, 0], [0, 0, 0, 0]),
+]
+
+
+def check_varlen(q: Any, k: Any, v: Any, out: Any, lse: Any, lengths_q: list[int], lengths_k: list[int], masks: dict[str, Any]) -> None:
+    for rows_q, rows_k in sequences(lengths_q, lengths_k):
+        one = [x[None] for x in (q[rows_q], k[rows_k], v[rows_k])]
+        assert_right(out[None, rows_q], lse[None, :, rows_q], *one, masks)
+
+
+@pytest.mark.parametrize("name", ["D 128 causal", "D 64", "D 40/72 window"])
+def test_cupy_graph_replays_with_new_lengths_and_data(name: str) -> None:
+    spec = VARLEN[name]
+    masks = MASK_OF[spec.mask]
+    q, k, v = make_varlen(spec, 500, 800, 2)
+    ends_q, ends_k = cu_seqlens(REPLAYS[0][0]), cu_seqlens(REPLAYS[0][1])
+    stream = cp.cuda.Stream(non_blocking=True)
+    rawattn.attention_varlen(q, k, v, ends_q, ends_k, **masks, return_lse=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        out, lse = rawattn.attention_varlen(q, k, v, ends_q, ends_k, **masks, return_lse=True)
+        graph = stream.end_capture()
+    for lengths_q, lengths_k in REPLAYS:
+        ends_q[...], ends_k[...] = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+        for x in (q, k, v):
+            x[...] = normal(x.shape, spec.dtype)
+        poison(out)
+        lse[...] = math.nan
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        check_varlen(q, k, v, out, lse, lengths_q, lengths_k, masks)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_cupy_graph_replays_with_new_data(name: str) -> None:
+    spec = DENSE[name]
+    masks = MASK_OF[spec.mask]
+    q, k, v = make(spec, 2, 300, 500, 2)
+    out = cp.empty((*q.shape[:-1], spec.head_dim_v), q.dtype)
+    stream = cp.cuda.Stream(non_blocking=True)
+    rawattn.attention(q, k, v, **masks, out=out, return_lse=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        _, lse = rawattn.attention(q, k, v, **masks, out=out, return_lse=True)
+        graph = stream.end_capture()
+    for _ in range(3):
+        for x in (q, k, v):
+            x[...] = normal(x.shape, spec.dtype)
+        poison(out)
+        lse[...] = math.nan
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        assert_right(out, lse, q, k, v, masks)
+
+
+def test_torch_graph_replays_with_new_lengths_and_data() -> None:
+    torch = torch_on_gpu()
+    q, k, v = make(DENSE["D 128"], 2, 300, 500, 2)
+    packed = make_varlen(VARLEN["D 128 causal"], 500, 800, 2)
+    ends_q, ends_k = cu_seqlens(REPLAYS[0][0]), cu_seqlens(REPLAYS[0][1])
+    cp.cuda.Device().synchronize()
+    dense_inputs = [torch.from_dlpack(x) for x in (q, k, v)]
+    varlen_inputs = [torch.from_dlpack(x) for x in (*packed, ends_q, ends_k)]
+    rawattn.attention(*dense_inputs)
+    rawattn.attention_varlen(*varlen_inputs, causal=True, return_lse=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = rawattn.attention(*dense_inputs)
+        varlen_out, varlen_lse = rawattn.attention_varlen(*varlen_inputs, causal=True, return_lse=True)
+    for lengths_q, lengths_k in REPLAYS:
+        ends_q[...], ends_k[...] = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+        for x in (q, k, v, *packed):
+            x[...] = normal(x.shape, "bfloat16")
+        cp.cuda.Device().synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(cp.from_dlpack(out), reference.attention(q, k, v))
+        check_varlen(*packed, cp.from_dlpack(varlen_out), cp.from_dlpack(varlen_lse), lengths_q, lengths_k, {"causal": True})
+
+
+# ---- merge_states
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_states_of_split_keys(dtype: str) -> None:
+    spec = KernelSpec(dtype, 64, 64, 1, "full")
+    q, k, v = make(spec, 2, 150, 1000, 4)
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True)
+    pieces = [slice(0, 301), slice(301, 301), slice(301, 310), slice(310, 1000)]
+    parts = [rawattn.attention(q, k[:, piece], v[:, piece], return_lse=True) for piece in pieces]
+    out, lse = rawattn.merge_states(*zip(*parts, strict=True))
+    assert out.dtype == q.dtype
+    # Three roundings more: of each part, weighted, and of their sum.
+    assert_close(out, expected, l2_factor=2.0)
+    assert_lse_close(lse, expected_lse)
+    neutral = cp.zeros_like(out), cp.full_like(lse, -math.inf)
+    again, again_lse = rawattn.merge_states([out, neutral[0]], [lse, neutral[1]])
+    assert same_bits(again, out) and same_bits(again_lse, lse)
+
+
+# ---- errors
+
+
+def _gpu_arrays() -> dict[str, Any]:
+    q, k, v = make(DENSE["D 128"], 2, 33, 65, 2)
+    return {"q": q, "k": k, "v": v}
+
+
+def _float8(x: Any) -> Any:
+    torch = torch_on_gpu()
+    return torch.from_dlpack(x).to(torch.float8_e4m3fn)
+
+
+def _requires_grad(x: Any) -> Any:
+    return torch_on_gpu().from_dlpack(x).requires_grad_()
+
+
+def _all_torch(arrays: dict[str, Any]) -> dict[str, Any]:
+    torch = torch_on_gpu()
+    return {name: torch.from_dlpack(x) for name, x in arrays.items()}
+
+
+def _uneven_rows(x: Any) -> Any:
+    shape = x.shape
+    row = shape[2] * shape[3] + 4  # 8 bytes more than a multiple of 16
+    return poisoned(shape, x.dtype.name, (shape[1] * row, row, shape[3], 1))[0]
+
+
+def _off_by_one(x: Any) -> Any:
+    return cp.empty(x.size + 8, x.dtype)[1 : x.size + 1].reshape(x.shape)
+
+
+# name of the argument that the error must speak of, and what is wrong with it
+WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "q is float32": ("q", lambda a: {**a, "q": a["q"].astype(np.float32)}),
+    "all are float32": ("q", lambda a: {name: x.astype(np.float32) for name, x in a.items()}),
+    "all are fp8": ("q", lambda a: {name: _float8(x) for name, x in a.items()}),
+    "k is float16 beside bfloat16": ("k", lambda a: {**a, "k": a["k"].astype(np.float16)}),
+    "k has another head_dim": ("k", lambda a: {**a, "k": cp.ascontiguousarray(a["k"][..., :64])}),
+    "k has heads that do not divide q's": ("k", lambda a: {**a, "k": a["k"].repeat(3, 2)[:, :, :3], "v": a["v"].repeat(3, 2)[:, :, :3]}),
+    "v has other heads than k": ("v", lambda a: {**a, "v": a["v"][:, :, :1]}),
+    "v has other rows than k": ("v", lambda a: {**a, "v": a["v"][:, :-1]}),
+    "k has another batch": ("k", lambda a: {**a, "k": a["k"][:1], "v": a["v"][:1]}),
+    "q is 3-dimensional": ("q", lambda a: {**a, "q": a["q"][0]}),
+    "head_dim is 12": ("q", lambda a: {name: cp.ascontiguousarray(x[..., :12]) for name, x in a.items()}),
+    "head_dim is 264": ("q", lambda a: {name: x.repeat(3, 3)[..., :264].copy() for name, x in a.items()}),
+    "q has a strided last axis": ("q", lambda a: {**a, "q": a["q"].repeat(2, 3)[..., ::2]}),
+    "k has rows off 16 bytes": ("k", lambda a: {**a, "k": _uneven_rows(a["k"])}),
+    "v starts off 16 bytes": ("v", lambda a: {**a, "v": _off_by_one(a["v"])}),
+    "k is on the host": ("k", lambda a: {**a, "k": cp.asnumpy(a["k"])}),
+    "k is a torch tensor": ("k", lambda a: {**a, "k": torch_on_gpu().from_dlpack(a["k"])}),
+    "v is a CPU tensor": ("v", lambda a: {**_all_torch(a), "v": torch_on_gpu().from_dlpack(a["v"]).cpu()}),
+    "q requires grad": ("q", lambda a: {**_all_torch(a), "q": _requires_grad(a["q"])}),
+    "k is a list": ("k", lambda a: {**a, "k": [1.0]}),
+    "out has another shape": ("out", lambda a: {**a, "out": cp.empty((2, 32, 8, 128), a["q"].dtype)}),
+    "out has another dtype": ("out", lambda a: {**a, "out": cp.empty(a["q"].shape, np.float16)}),
+    "out has a strided last axis": ("out", lambda a: {**a, "out": cp.empty((*a["q"].shape, 2), a["q"].dtype)[..., 0]}),
+    "window is negative": ("window", lambda a: {**a, "window": (-2, 0)}),
+    "window is one number": ("window", lambda a: {**a, "window": 5}),
+    "window is of floats": ("window", lambda a: {**a, "window": (1.5, 2)}),
+    "causal is unknown": ("causal", lambda a: {**a, "causal": "bottom"}),
+    "scale is 0": ("scale", lambda a: {**a, "scale": 0.0}),
+    "scale is NaN": ("scale", lambda a: {**a, "scale": math.nan}),
+    "scale is infinite": ("scale", lambda a: {**a, "scale": math.inf}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_call_between_two_right_ones(wrong: str) -> None:
+    argument, spoil = WRONG[wrong]
+    arrays = _gpu_arrays()
+    before = rawattn.attention(**arrays)
+    with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+        rawattn.attention(**spoil(arrays))
+    cp.cuda.Device().synchronize()
+    assert same_bits(rawattn.attention(**arrays), before)
+
+
+WRONG_VARLEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "cu_seqlens_q is int64": ("cu_seqlens_q", lambda a: {**a, "cu_seqlens_q": a["cu_seqlens_q"].astype(np.int64)}),
+    "cu_seqlens_k has another length": ("cu_seqlens_k", lambda a: {**a, "cu_seqlens_k": a["cu_seqlens_k"][:-1]}),
+    "cu_seqlens_k is on the host": ("cu_seqlens_k", lambda a: {**a, "cu_seqlens_k": cp.asnumpy(a["cu_seqlens_k"])}),
+    "cu_seqlens_q is 2-dimensional": ("cu_seqlens_q", lambda a: {**a, "cu_seqlens_q": a["cu_seqlens_q"][None]}),
+    "q is 4-dimensional": ("q", lambda a: {**a, "q": a["q"][None]}),
+    "out has the shape of q": ("out", lambda a: {**a, "out": cp.empty((1, *a["q"].shape), a["q"].dtype)}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_VARLEN)
+def test_a_wrong_varlen_call_between_two_right_ones(wrong: str) -> None:
+    argument, spoil = WRONG_VARLEN[wrong]
+    q, k, v = (x[0] for x in make(DENSE["D 128"], 1, 40, 90, 2))
+    arrays = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens([30, 10]), "cu_seqlens_k": cu_seqlens([50, 40])}
+    before = rawattn.attention_varlen(**arrays)
+    with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+        rawattn.attention_varlen(**spoil(arrays))
+    cp.cuda.Device().synchronize()
+    assert same_bits(rawattn.attention_varlen(**arrays), before)
+
+
+def test_jax_out_is_refused() -> None:
+    jax = jax_on_gpu()
+    q, k, v = (jax.dlpack.from_dlpack(x) for x in make(DENSE["D 128"], 1, 40, 90, 2))
+    with pytest.raises((TypeError, ValueError), match=r"\bout\b"):
+        rawattn.attention(q, k, v, out=jax.numpy.zeros_like(q))
