@@ -40,8 +40,9 @@ class Tile:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """setmaxnreg of the producer and of a consumer warpgroup; their sum over the CTA is at most 65536."""
-        return {2: (32, 240), 3: (32, 160)}[self.consumer_warpgroups]
+        """setmaxnreg of the producer and of a consumer warpgroup. Together they may hold what the CTA was launched with: with 384 threads
+        168 each and no more, for a warpgroup that asks beyond it waits for ever."""
+        return {2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups]
 
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
         q = self.q_stages * self.tile_m * slabs(spec.head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,7 +50,7 @@ def test_larger_numbers_may_err_by_a_quarter_more_than_rounding():
 
 @pytest.mark.parametrize(("wrong_way", "passes"), [(150, True), (160, False)])
 def test_relative_l2_may_be_half_more_than_rounding(wrong_way, passes):
-    """Every number lies a quarter ulp above a float16: with a share f of them rounded up, the relative L2 error is sqrt(1 + 8 f) times as large."""
+    """Numbers a quarter ulp above a float16: with a share f rounded up, the relative L2 error is sqrt(1 + 8 f) times that of rounding."""
     steps = np.arange(1024, 2024).reshape(1, 1000, 1, 1)
     expected = (steps + 0.25) * 2**-20  # far below the limit of the largest difference
     out = (steps + (np.arange(1000) < wrong_way).reshape(steps.shape)) * 2**-20
@@ -129,7 +130,7 @@ def leak_the_next_key(q, k, v, causal=False):
     return attention(q, k, v, window=(-1, 1)) if causal else attention(q, k, v)
 
 
-WRONG = {
+WRONG: dict[str, tuple[Any, str]] = {
     "a percent off": (lambda q, k, v, **kw: (attention(q, k, v, **kw) * q.dtype.type(1.01)).astype(q.dtype), "s-32"),
     "truncated, not rounded": (lambda q, k, v, **kw: (attention(q, k, v, **kw).view(np.uint16) & 0xFFFE).view(q.dtype), "s-32"),
     "NaN": (lambda q, k, v, **kw: attention(q, k, v, **kw) * q.dtype.type(math.nan), "s-32"),
@@ -185,7 +186,12 @@ def test_usage_errors(arguments):
 
 def test_the_first_call_leaves_the_environment_alone(no_gpu, monkeypatch, tmp_path):
     folders = []
-    monkeypatch.setattr(rawattn, "attention", lambda *a, **kw: (folders.append(compiler.cache_dir()), attention(*a, **kw))[1])
+
+    def watched(*arguments):
+        folders.append(compiler.cache_dir())
+        return attention(*arguments)
+
+    monkeypatch.setattr(rawattn, "attention", watched)
     monkeypatch.setenv("RAWATTN_CACHE_DIR", str(tmp_path))
     assert run("check", "first-call").exit_code == 0
     assert folders[0] != tmp_path and folders[1] == tmp_path == compiler.cache_dir()

@@ -100,7 +100,7 @@ def test_the_result_is_of_the_callers_kind(framework, dtype):
         got = merge_states(narrow, [torch.from_numpy(x) for x in lses])
         assert all(isinstance(x, torch.Tensor) for x in got)
         assert (got[0].dtype, got[1].dtype) == (getattr(torch, dtype), torch.float32)
-        got = [x.float().numpy() for x in got]
+        got = tuple(x.float().numpy() for x in got)
     elif framework == "jax":
         jax = pytest.importorskip("jax")
         cpu = jax.devices("cpu")[0]
@@ -160,7 +160,7 @@ def test_gpu_arrays(framework, dtype):
             got = merge_states([x.to(getattr(torch, dtype)) for x in on_gpu[0]], on_gpu[1])
         torch.cuda.synchronize()
         assert all(x.is_cuda for x in got)
-        got = [x.float().cpu().numpy() for x in got]
+        got = tuple(x.float().cpu().numpy() for x in got)
     elif framework == "jax":
         jax = pytest.importorskip("jax")
         got = merge_states([jax.device_put(x) for x in outs], [jax.device_put(x) for x in lses])
@@ -168,6 +168,6 @@ def test_gpu_arrays(framework, dtype):
     else:
         with cupy.cuda.Stream(non_blocking=True) as stream:
             got = merge_states([cupy.asarray(x) for x in outs], [cupy.asarray(x) for x in lses])
-            got = [x.get() for x in got]
+            got = tuple(x.get() for x in got)
             stream.synchronize()
     assert_close([np.asarray(x).astype(np.float32) for x in got], [x.astype(np.float32) for x in expected], tolerance=1e-2)

@@ -41,14 +41,12 @@ struct Constant {
     static constexpr int value = VALUE;
 };
 
-// Position in a ring of buffers. A consumer waits for `phase`, the producer for the opposite one, so that its first lap passes at once.
+// Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
 template <int BUFFERS>
 struct Ring {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == BUFFERS) stage = 0, phase ^= 1;
-    }
+    uint32_t count = 0;
+    __device__ __forceinline__ uint32_t stage() const { return count % BUFFERS; }
+    __device__ __forceinline__ uint32_t phase() const { return count / BUFFERS & 1; }
 };
 
 // One output tile: TILE_M rows of one head of one sequence. Where the sequences are packed, the maps' row dimension ends at the last row of
@@ -129,29 +127,29 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
     const auto load_k = [&](int block, int kv_head) {
-        const uint32_t at = 8 * k_ring.stage;
-        mbarrier_wait(barriers + K_EMPTY + at, k_ring.phase ^ 1);
-        load_slabs(&args.k, SLABS_QK, KV_SLAB, k_smem + k_ring.stage * K_BYTES, barriers + K_FULL + at, tile.k_row + block * TILE_N,
+        const uint32_t at = 8 * k_ring.stage();
+        mbarrier_wait(barriers + K_EMPTY + at, k_ring.phase() ^ 1);
+        load_slabs(&args.k, SLABS_QK, KV_SLAB, k_smem + k_ring.stage() * K_BYTES, barriers + K_FULL + at, tile.k_row + block * TILE_N,
                    tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
-        k_ring.advance();
+        ++k_ring.count;
     };
     const auto load_v = [&](int block, int kv_head) {
-        const uint32_t at = 8 * v_ring.stage;
-        mbarrier_wait(barriers + V_EMPTY + at, v_ring.phase ^ 1);
-        load_slabs(&args.v, SLABS_V, KV_SLAB, v_smem + v_ring.stage * V_BYTES, barriers + V_FULL + at, tile.k_row + block * TILE_N,
+        const uint32_t at = 8 * v_ring.stage();
+        mbarrier_wait(barriers + V_EMPTY + at, v_ring.phase() ^ 1);
+        load_slabs(&args.v, SLABS_V, KV_SLAB, v_smem + v_ring.stage() * V_BYTES, barriers + V_FULL + at, tile.k_row + block * TILE_N,
                    tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
-        v_ring.advance();
+        ++v_ring.count;
     };
     while (list.next(args, tile)) {
         const int last_row = min(tile.first_row + TILE_M, tile.q_length) - 1;
         const KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, tile.first_row, last_row);
         if (blocks.end > blocks.begin && threadIdx.x == 0) {
             const int kv_head = tile.head / GQA_RATIO;
-            const uint32_t at = 8 * q_ring.stage;
-            mbarrier_wait(barriers + Q_EMPTY + at, q_ring.phase ^ 1);
-            load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + q_ring.stage * Q_BYTES, barriers + Q_FULL + at, tile.q_row + tile.first_row, tile.q_offset, tile.head,
+            const uint32_t at = 8 * q_ring.stage();
+            mbarrier_wait(barriers + Q_EMPTY + at, q_ring.phase() ^ 1);
+            load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + q_ring.stage() * Q_BYTES, barriers + Q_FULL + at, tile.q_row + tile.first_row, tile.q_offset, tile.head,
                        VARLEN ? 0 : tile.batch);
-            q_ring.advance();
+            ++q_ring.count;
             load_k(blocks.end - 1, kv_head);
 #pragma unroll 1
             for (int block = blocks.end - 2; block >= blocks.begin; --block) {
@@ -290,24 +288,24 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         return false;
     };
     const auto start_scores = [&] {
-        mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage, k_ring.phase);
+        mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
         if (PING_PONG) named_barrier_sync(my_turn, 256);
-        issue_scores(scores, q_descriptor + q_ring.stage * (Q_BYTES / 16), k_descriptor + k_ring.stage * (K_BYTES / 16));
+        issue_scores(scores, q_descriptor + q_ring.stage() * (Q_BYTES / 16), k_descriptor + k_ring.stage() * (K_BYTES / 16));
     };
     const auto start_output = [&] {
-        mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage, v_ring.phase);
-        issue_output(output, probs, v_descriptor + v_ring.stage * (V_BYTES / 16));
+        mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+        issue_output(output, probs, v_descriptor + v_ring.stage() * (V_BYTES / 16));
         if (PING_PONG) named_barrier_arrive(next_turn, 256);
     };
     // PENDING: groups issued after the one that is waited for
     const auto finish_scores = [&](auto pending) {
         wgmma_wait<decltype(pending)::value>();
         pin(scores);
-        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage);
-        k_ring.advance();
+        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage());
+        ++k_ring.count;
         if (block == blocks.begin) {  // the tile needs Q no more
-            if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage);
-            q_ring.advance();
+            if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage());
+            ++q_ring.count;
         }
     };
     const auto finish_output = [&] {
@@ -316,8 +314,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         pin(probs);
     };
     const auto release_v = [&] {
-        if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage);
-        v_ring.advance();
+        if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage());
+        ++v_ring.count;
     };
     const auto hide_masked = [&] { mask_scores(scores, mask, tile.first_row + thread_row, block * TILE_N + thread_column); };
     const auto pack_probs = [&] {
@@ -348,7 +346,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 
     bool more = next_tile();
     if (more) {
-        mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage, q_ring.phase);
+        mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         start_scores();
         if (PING_PONG) named_barrier_arrive(next_turn, 256);
         finish_scores(Constant<0>{});
@@ -365,8 +363,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         if (!PING_PONG) scale_rows(output, rescale);
         // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
         if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
-            mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage, v_ring.phase);
-            issue_output(output, probs, v_descriptor + v_ring.stage * (V_BYTES / 16));
+            mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+            issue_output(output, probs, v_descriptor + v_ring.stage() * (V_BYTES / 16));
             finish_output();
 #pragma unroll
             for (int i = 0; i < TILE_N / 4; ++i) {
@@ -378,7 +376,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         const WorkTile done = tile;
         more = next_tile();
         if (more) {
-            mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage, q_ring.phase);
+            mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
             start_scores();
             start_output();
             finish_scores(Constant<1>{});
