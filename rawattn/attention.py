@@ -116,7 +116,11 @@ def _attend(
     if out is not None:
         views["out"] = arrays.view("out", out)
     qa = views["q"]
-    key = (causal, window if window is None else tuple(window), scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
+    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
+        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
+    if window is not None:
+        window = _pair(window)
+    key = (causal, window, scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
     plan = plans.get(key)
     if plan is None:
@@ -247,7 +251,7 @@ def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
         if out.dtype != q.dtype:
             raise TypeError(f"out has dtype {out.dtype}; needed: {q.dtype}, as q has")
         _check_strides("out", out)
-        if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        if out.device is not None and 0 not in shape and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
             raise ValueError(f"out has byte strides {out.strides}; needed: no two elements in one place")
 
 
@@ -267,20 +271,18 @@ def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
         raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
 
 
+def _pair(window: Window) -> Window:
+    if not isinstance(window, Sequence) or len(window) != 2:
+        raise ValueError(f"window is {window!r}; needed: (left, right)")
+    for side in window:
+        if side is not None and (not isinstance(side, (int, np.integer)) or side < -1):
+            raise ValueError(f"window is {window!r}; needed: two integers from 0 up, None or -1 for unbounded")
+    return window[0], window[1]
+
+
 def _window_bounds(causal: bool | str, window: Window | None) -> tuple[int, int]:
     """Keys that a query sees to the left and to the right of its diagonal."""
-    if causal not in (False, True, "top-left"):
-        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
-    if window is None:
-        bounds = [UNBOUNDED, UNBOUNDED]
-    else:
-        if not isinstance(window, Sequence) or len(window) != 2:
-            raise ValueError(f"window is {window!r}; needed: (left, right)")
-        bounds = []
-        for side in window:
-            if side is not None and (not isinstance(side, (int, np.integer)) or side < -1):
-                raise ValueError(f"window is {window!r}; needed: two integers from 0 up, None or -1 for unbounded")
-            bounds.append(UNBOUNDED if side is None or side == -1 else min(int(side), UNBOUNDED))
+    bounds = [UNBOUNDED if side is None or side == -1 else min(int(side), UNBOUNDED) for side in window or (None, None)]
     if causal:
         bounds[1] = min(bounds[1], 0)
     return bounds[0], bounds[1]

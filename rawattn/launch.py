@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -17,9 +18,9 @@ from .tiles import SLAB, tile_for
 # struct Arguments of cuda_src/attention_forward.cu
 ARGUMENTS = np.dtype(
     {
-        "names": ["q_map", "k_map", "v_map", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "out_strides", "sizes", "window", "scale_log2"],
-        "formats": ["V128", "V128", "V128", "u8", "u8", "u8", "u8", "3i8", "4i4", "4i4", "f4"],
-        "offsets": [0, 128, 256, 384, 392, 400, 408, 416, 440, 456, 472],
+        "names": ["q_map", "k_map", "v_map", "pointers", "out_strides", "lse_batch_stride", "sizes", "window", "scale_log2"],
+        "formats": ["V128", "V128", "V128", "5u8", "3i8", "i8", "4i4", "4i4", "f4"],
+        "offsets": [0, 128, 256, 384, 424, 448, 456, 472, 488],
         "itemsize": 512,
     }
 )
@@ -83,6 +84,40 @@ class _TensorMap:
         self._pointer = pointer
 
 
+class _TileCounters:
+    """Zeroed counters on one device, from which the CTAs of a launch are dealt their tiles; a launch leaves its counter zero again.
+
+    Launches that may run at the same time need counters of their own. A ring of more counters than launches fit in the driver's queues serves
+    them in turn; a captured launch, which may be replayed at any time, keeps one for good.
+    """
+
+    RING, CAPTURED = 1 << 16, 1 << 20
+
+    def __init__(self) -> None:
+        import cupy
+
+        size = 4 * (self.RING + self.CAPTURED)
+        self._memory = cupy.cuda.Memory(size)  # not from the pool, whose memory is ordered with one stream
+        cupy.cuda.runtime.memset(self._memory.ptr, 0, size)
+        cupy.cuda.runtime.streamSynchronize(0)
+        self._is_capturing = cupy.cuda.runtime.streamIsCapturing
+        self._launches, self._captures = itertools.count(), itertools.count(self.RING)
+
+    def address(self, stream: int) -> int:
+        if stream and self._is_capturing(stream):
+            index = next(self._captures)
+            if index >= self.RING + self.CAPTURED:
+                raise RuntimeError(f"This process has captured {self.CAPTURED} attention calls in CUDA graphs, which is all that rawattn has counters for.")
+        else:
+            index = next(self._launches) % self.RING
+        return self._memory.ptr + 4 * index
+
+
+@functools.cache
+def _tile_counters(device: int) -> _TileCounters:
+    return _TileCounters()
+
+
 class Plan:
     """A compiled kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place."""
 
@@ -93,6 +128,7 @@ class Plan:
 
         tile = tile_for(spec)
         self._kernel = load(spec)
+        self._counters = _tile_counters(cupy.cuda.runtime.getDevice())
         self._shared_memory = tile.shared_memory_bytes(spec)
         self._block = (tile.threads,)
 
@@ -101,7 +137,7 @@ class Plan:
         start = -storage.ctypes.data % 128
         block = storage[start : start + ARGUMENTS.itemsize]
         self._arguments = (block.view(f"V{ARGUMENTS.itemsize}"),)  # CuPy passes a one-element NumPy array by value
-        self._pointers = block[384:416].view(np.uint64)
+        self._pointers = block[384:424].view(np.uint64)
         address = block.ctypes.data
         self._maps = (
             _TensorMap(address, q, tile.tile_m),
@@ -120,11 +156,12 @@ class Plan:
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         head_bytes = 2 * rows_k * (spec.head_dim + spec.head_dim_v)
-        heads_per_group = batch * heads if spec.mask == "causal" else 1
+        heads_per_group = max(1, L2_BUDGET // head_bytes) * spec.gqa_ratio if spec.mask == "causal" else 1
 
         fields = block.view(ARGUMENTS)[0]
         batch_stride = 0 if spec.varlen else out.strides[0]
         fields["out_strides"] = (batch_stride, out.strides[-3], out.strides[-2])
+        fields["lse_batch_stride"] = 0 if spec.varlen else heads * rows_q
         fields["sizes"] = (batch, heads, rows_q, rows_k)
         fields["window"] = (left, right, bottom_right, min(heads_per_group, batch * heads))
         fields["scale_log2"] = scale * math.log2(math.e)
@@ -135,5 +172,5 @@ class Plan:
         q_map.point_to(q)
         k_map.point_to(k)
         v_map.point_to(v)
-        self._pointers[:] = (out, lse, cu_seqlens_q, cu_seqlens_k)
+        self._pointers[:] = (out, lse, self._counters.address(stream.ptr), cu_seqlens_q, cu_seqlens_k)
         self._kernel(self._grid, self._block, self._arguments, shared_mem=self._shared_memory, stream=stream)

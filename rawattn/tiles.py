@@ -27,8 +27,15 @@ class Tile:
     tile_n: int
     q_stages: int  # 2: the next tile's Q arrives while this one computes
     stages: int
+    registers: tuple[int, int]  # setmaxnreg of the producer and of a consumer warpgroup
     ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
     reason: str
+
+    def __post_init__(self) -> None:
+        # More than the CTA was launched with would make a warpgroup wait for registers for ever.
+        launched = 65536 // self.threads // 8 * 8
+        producer, consumer = self.registers
+        assert producer + self.consumer_warpgroups * consumer <= (1 + self.consumer_warpgroups) * launched, self
 
     @property
     def consumer_warpgroups(self) -> int:
@@ -38,27 +45,24 @@ class Tile:
     def threads(self) -> int:
         return 128 * (1 + self.consumer_warpgroups)
 
-    @property
-    def registers(self) -> tuple[int, int]:
-        """setmaxnreg of the producer and of a consumer warpgroup. Together they may hold what the CTA was launched with: with 384 threads
-        168 each and no more, for a warpgroup that asks beyond it waits for ever."""
-        return {2: (24, 240), 3: (32, 160)}[self.consumer_warpgroups]
-
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
         q = self.q_stages * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         return 1024 + BARRIER_BYTES + 2 * SLAB * (q + kv)  # 1024: slabs start on 1 KiB, the swizzle's period
 
 
+_ALL = ("full", "causal", "window")
+
 # (largest head_dim, largest head_dim_v, masks, tile); the first row that holds the spec is used.
-# Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 30 for the rest.
+# Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 35 for the rest.
 TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
-    (64, 64, ("full", "causal", "window"), Tile(192, 128, 2, 2, True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2")),
-    (128, 128, ("full",), Tile(128, 160, 2, 2, True, "the widest block whose scores, P and output fit in 240 registers")),
-    (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, True, "square, so that the diagonal wastes half a block and no more")),
-    (192, 128, ("full", "causal", "window"), Tile(128, 128, 1, 2, False, "two stages of 192 + 128 columns just fit in shared memory")),
-    (192, 192, ("full", "causal", "window"), Tile(128, 112, 1, 2, False, "two stages of 192 + 192 columns just fit in shared memory")),
-    (256, 256, ("full", "causal", "window"), Tile(128, 80, 1, 2, False, "two stages of 256 + 256 columns just fit; output alone takes 128 registers")),
+    (64, 64, _ALL, Tile(192, 128, 2, 2, (32, 160), True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2")),
+    (128, 128, ("full",), Tile(128, 160, 2, 2, (40, 232), True, "the widest block that leaves room for two Q buffers in shared memory")),
+    (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more")),
+    (192, 128, _ALL, Tile(128, 128, 1, 2, (40, 232), False, "two stages of 192 + 128 columns just fit in shared memory")),
+    (192, 192, _ALL, Tile(128, 112, 1, 2, (40, 232), False, "two stages of 192 + 192 columns just fit in shared memory")),
+    (256, 256, ("full", "causal"), Tile(128, 80, 1, 2, (24, 240), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers")),
+    (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
 
 

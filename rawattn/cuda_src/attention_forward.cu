@@ -14,9 +14,11 @@ struct Arguments {
     TensorMap v;              // boxes of [TILE_N, 64] of [B, Sk, Hkv, Dv] or [Tk, Hkv, Dv]
     char* out;                // [B, Sq, Hq, Dv] or [Tq, Hq, Dv], 16-bit elements
     float* lse;               // [B, Hq, Sq] or [Hq, Tq], or null
+    int* next_tile;           // [1], zero before and after a launch: tiles that CTAs have asked for beyond their first
     const int* cu_seqlens_q;  // [B + 1], varlen only
     const int* cu_seqlens_k;  // [B + 1], varlen only
-    long long out_batch_stride, out_row_stride, out_head_stride;  // bytes
+    long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
+    long long lse_batch_stride;                                   // elements
     int batch, heads;                                             // B, Hq
     int seqlen_q, seqlen_k;                                       // Sq, Sk, or the totals Tq, Tk
     int left, right;                                              // window around the diagonal
@@ -29,12 +31,14 @@ constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one 
 constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
 constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
+constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS;
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
 constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
-constexpr int BARRIER_BYTES = V_EMPTY + 8 * STAGES;
+constexpr int TILE_FULL = V_EMPTY + 8 * STAGES, TILE_EMPTY = TILE_FULL + 8 * TILE_SLOTS;
+constexpr int BARRIER_BYTES = TILE_EMPTY + 8 * TILE_SLOTS;
 
 template <int VALUE>
 struct Constant {
@@ -53,27 +57,25 @@ struct Ring {
 // the tensor and the offset dimension slides it, so that row `total - length + i` at offset `start + length` is row i of the sequence and
 // everything past its end is out of bounds: TMA fills zeros, and a neighbour's rows, NaN or not, are never read.
 struct WorkTile {
-    int first_row, head, batch;
+    int first_row, head, batch;  // first_row -1: there is no tile left
     int q_start, q_length, q_row, q_offset;
     int k_length, k_row, k_offset;
 };
 
+// The list of all tiles of a call, which a whole warp reads in rising order.
 struct TileList {
-    int round = 0;
-    int first_batch = 0, tiles_before = 0;  // varlen: the 32 sequences the warp looks at, and the tiles of all earlier ones
+    int first_batch = 0, tiles_before = 0;  // varlen: the 32 sequences that the warp looks at, and the tiles of all earlier ones
 
-    // Every warp that needs the next tile calls this with all its lanes; each gets the same answer. False at the end of the list.
-    __device__ __forceinline__ bool next(const Arguments& args, WorkTile& tile) {
-        const int index = dealt_index(round++, blockIdx.x, gridDim.x);
+    // Writes the tile at `index`. Once there is none, tiles_before is the length of the list.
+    __device__ __forceinline__ void find(const Arguments& args, int index, WorkTile& tile) {
+        const int lane = threadIdx.x % 32;
         if constexpr (!VARLEN) {
-            const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M;
-            if (index >= m_blocks * args.heads * args.batch) return false;
-            const TilePlace place = tile_place(index, m_blocks, args.heads * args.batch, args.heads_per_group);
-            const int batch = place.head / args.heads;
-            tile = {place.m_block * TILE_M, place.head - batch * args.heads, batch, 0, args.seqlen_q, 0, 0, args.seqlen_k, 0, 0};
-            return true;
+            const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M, heads = args.heads * args.batch;
+            tiles_before = m_blocks * heads;
+            const TilePlace place = tile_place(index, m_blocks, heads, args.heads_per_group);
+            const int batch = place.head / args.heads, first_row = index < tiles_before ? place.m_block * TILE_M : -1;
+            if (lane == 0) tile = {first_row, place.head - batch * args.heads, batch, 0, args.seqlen_q, 0, 0, args.seqlen_k, 0, 0};
         } else {
-            const int lane = threadIdx.x % 32;
             for (; first_batch < args.batch; first_batch += 32) {
                 const int batch = first_batch + lane;
                 const int q_start = batch < args.batch ? args.cu_seqlens_q[batch] : 0;
@@ -86,31 +88,52 @@ struct TileList {
                     if (lane >= distance) tiles_through += below;
                 }
                 const uint32_t beyond = __ballot_sync(~0u, tiles_before + tiles_through > index);
-                if (beyond == 0) {
-                    tiles_before += __shfl_sync(~0u, tiles_through, 31);
-                    continue;
+                if (beyond != 0) {
+                    if (lane == __ffs(beyond) - 1) {  // the tile is one of this lane's sequence
+                        const TilePlace place =
+                            tile_place(index - tiles_before - (tiles_through - tiles), (q_length + TILE_M - 1) / TILE_M, args.heads, args.heads);
+                        const int k_start = args.cu_seqlens_k[batch], k_length = max(0, args.cu_seqlens_k[batch + 1] - k_start);
+                        tile = {place.m_block * TILE_M, place.head, batch, q_start, q_length, args.seqlen_q - q_length, q_start + q_length,
+                                k_length, args.seqlen_k - k_length, k_start + k_length};
+                    }
+                    return;
                 }
-                const int owner = __ffs(beyond) - 1;
-                const int within = index - tiles_before - __shfl_sync(~0u, tiles_through - tiles, owner);
-                tile.batch = first_batch + owner;
-                tile.q_start = __shfl_sync(~0u, q_start, owner);
-                tile.q_length = __shfl_sync(~0u, q_length, owner);
-                const TilePlace place = tile_place(within, (tile.q_length + TILE_M - 1) / TILE_M, args.heads, args.heads);
-                tile.first_row = place.m_block * TILE_M;
-                tile.head = place.head;
-                const int k_start = args.cu_seqlens_k[tile.batch];
-                tile.k_length = max(0, args.cu_seqlens_k[tile.batch + 1] - k_start);
-                tile.q_row = args.seqlen_q - tile.q_length, tile.q_offset = tile.q_start + tile.q_length;
-                tile.k_row = args.seqlen_k - tile.k_length, tile.k_offset = k_start + tile.k_length;
-                return true;
+                tiles_before += __shfl_sync(~0u, tiles_through, 31);
             }
-            return false;
+            if (lane == 0) tile.first_row = -1;
         }
     }
 };
 
 __device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile& tile) {
     return {tile.k_length, args.bottom_right ? tile.k_length - tile.q_length : 0, args.left, args.right};
+}
+
+// Where row `tile_row` of a tile goes. `rows` rows of the sequence are left from there on; none if it is 0 or less.
+struct Destination {
+    char* out;
+    float* lse;
+    int rows;
+};
+
+__device__ __forceinline__ Destination destination(const Arguments& args, const WorkTile& tile, int tile_row) {
+    const int row = tile.first_row + tile_row, packed_row = tile.q_start + row;
+    char* out = args.out + tile.batch * args.out_batch_stride + packed_row * args.out_row_stride + tile.head * args.out_head_stride;
+    float* lse = args.lse + tile.batch * args.lse_batch_stride + (long long)tile.head * args.seqlen_q + packed_row;
+    return {out, args.lse ? lse : nullptr, tile.q_length - row};
+}
+
+// A tile whose rows see no key: output 0, LSE -inf. One warp writes it.
+__device__ __forceinline__ void store_empty(const Arguments& args, const WorkTile& tile) {
+    const uint32_t zeros[4] = {};
+#pragma unroll 1
+    for (int tile_row = threadIdx.x % 32; tile_row < TILE_M; tile_row += 32) {
+        const Destination to = destination(args, tile, tile_row);
+        if (to.rows <= 0) break;
+#pragma unroll 1
+        for (int column = 0; column < HEAD_DIM_V; column += 8) store_global_16(to.out + 2 * column, zeros);
+        if (to.lse != nullptr) *to.lse = NEGATIVE_INFINITY;
+    }
 }
 
 __device__ __forceinline__ void load_slabs(
@@ -120,46 +143,60 @@ __device__ __forceinline__ void load_slabs(
     for (int slab = 0; slab < slabs; ++slab) tma_load(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
 }
 
-// Loads, for each tile, Q and then the blocks of K and V from the last that the tile sees to the first; K runs one block ahead of V.
-__device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
+// Takes tile after tile, tells the consumers, and loads Q and then the blocks of K and V from the last that the tile sees to the first;
+// K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
+__device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
     TileList list;
-    WorkTile tile = {};
+    Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    const auto load_k = [&](int block, int kv_head) {
-        const uint32_t at = 8 * k_ring.stage();
-        mbarrier_wait(barriers + K_EMPTY + at, k_ring.phase() ^ 1);
-        load_slabs(&args.k, SLABS_QK, KV_SLAB, k_smem + k_ring.stage() * K_BYTES, barriers + K_FULL + at, tile.k_row + block * TILE_N,
-                   tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
-        ++k_ring.count;
-    };
-    const auto load_v = [&](int block, int kv_head) {
-        const uint32_t at = 8 * v_ring.stage();
-        mbarrier_wait(barriers + V_EMPTY + at, v_ring.phase() ^ 1);
-        load_slabs(&args.v, SLABS_V, KV_SLAB, v_smem + v_ring.stage() * V_BYTES, barriers + V_FULL + at, tile.k_row + block * TILE_N,
-                   tile.k_offset, kv_head, VARLEN ? 0 : tile.batch);
-        ++v_ring.count;
-    };
-    while (list.next(args, tile)) {
+    int index = blockIdx.x;
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
+        list.find(args, index, tile_slots[slot]);
+        __syncwarp();
+        const WorkTile& tile = tile_slots[slot];
+        if (tile.first_row < 0) break;
+        int asked = 0;
+        if (threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);  // early: the answer takes as long as a load
         const int last_row = min(tile.first_row + TILE_M, tile.q_length) - 1;
         const KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, tile.first_row, last_row);
-        if (blocks.end > blocks.begin && threadIdx.x == 0) {
-            const int kv_head = tile.head / GQA_RATIO;
-            const uint32_t at = 8 * q_ring.stage();
-            mbarrier_wait(barriers + Q_EMPTY + at, q_ring.phase() ^ 1);
-            load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + q_ring.stage() * Q_BYTES, barriers + Q_FULL + at, tile.q_row + tile.first_row, tile.q_offset, tile.head,
-                       VARLEN ? 0 : tile.batch);
+        if (blocks.end <= blocks.begin) {
+            store_empty(args, tile);  // and the slot is filled again
+        } else if (++slot_ring.count, threadIdx.x == 0) {
+            mbarrier_arrive(barriers + TILE_FULL + 8 * slot);
+            const int batch = VARLEN ? 0 : tile.batch, kv_head = tile.head / GQA_RATIO, k_row = tile.k_row, k_offset = tile.k_offset;
+            const auto load_k = [&](int block) {
+                const uint32_t stage = k_ring.stage();
+                mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
+                load_slabs(&args.k, SLABS_QK, KV_SLAB, k_smem + stage * K_BYTES, barriers + K_FULL + 8 * stage, k_row + block * TILE_N, k_offset, kv_head, batch);
+                ++k_ring.count;
+            };
+            const auto load_v = [&](int block) {
+                const uint32_t stage = v_ring.stage();
+                mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
+                load_slabs(&args.v, SLABS_V, KV_SLAB, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, k_row + block * TILE_N, k_offset, kv_head, batch);
+                ++v_ring.count;
+            };
+            const uint32_t stage = q_ring.stage();
+            mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
+            load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barriers + Q_FULL + 8 * stage, tile.q_row + tile.first_row, tile.q_offset, tile.head,
+                       batch);
             ++q_ring.count;
-            load_k(blocks.end - 1, kv_head);
+            load_k(blocks.end - 1);
 #pragma unroll 1
             for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-                load_k(block, kv_head);
-                load_v(block + 1, kv_head);
+                load_k(block);
+                load_v(block + 1);
             }
-            load_v(blocks.begin, kv_head);
+            load_v(blocks.begin);
         }
-        __syncwarp();
+        index = gridDim.x + __shfl_sync(~0u, asked, 0);
     }
+    if (threadIdx.x == 0) mbarrier_arrive(barriers + TILE_FULL + 8 * slot_ring.stage());
+    // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
+    if (threadIdx.x == 0 && index - int(gridDim.x) == list.tiles_before - 1) *args.next_tile = 0;
 }
 
 // scores = Q K^T for the warpgroup's 64 rows and one block of keys
@@ -190,20 +227,6 @@ __device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], ui
 __device__ __forceinline__ void scale_rows(float (&output)[HEAD_DIM_V / 2], const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] *= factor[fragment_row(i)];
-}
-
-// Where a thread's two rows of a tile go: the row of `out` and the one eighth below it exist if rows > 0 and rows > 8.
-struct Destination {
-    char* out;
-    float* lse;
-    int rows;
-};
-
-__device__ __forceinline__ Destination destination(const Arguments& args, const WorkTile& tile, int row) {
-    const long long sequence = VARLEN ? tile.q_start * args.out_row_stride : tile.batch * args.out_batch_stride;
-    const long long sequence_lse = VARLEN ? (long long)tile.head * args.seqlen_q + tile.q_start : ((long long)tile.batch * args.heads + tile.head) * args.seqlen_q;
-    return {args.out + sequence + tile.head * args.out_head_stride + row * args.out_row_stride, args.lse ? args.lse + sequence_lse + row : nullptr,
-            tile.q_length - row};
 }
 
 // Writes the warpgroup's 64 rows. The four lanes of a row transpose 4 x 4 words, so that each stores 16 bytes.
@@ -243,19 +266,10 @@ __device__ __forceinline__ void store_lse(const float (&lse)[2], const Destinati
     if (to.rows > 8) to.lse[8] = lse[1];
 }
 
-// Rows that see no key: output 0, LSE -inf.
-__device__ __forceinline__ void store_empty(const Destination& to, long long row_stride) {
-    const uint32_t zeros[4] = {};
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-        for (int column = 8 * (threadIdx.x % 4); 8 * r < to.rows && column < HEAD_DIM_V; column += 32)
-            store_global_16(to.out + 8 * r * row_stride + 2 * column, zeros);
-    store_lse({NEGATIVE_INFINITY, NEGATIVE_INFINITY}, to);
-}
-
 // The blocks of all the CTA's tiles form one stream: the first scores of a tile run on the tensor cores beside the last P V of the tile before,
 // and its output is written meanwhile. So a short tile costs little more than its MMAs.
-__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
+__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, const WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
+                                        uint32_t v_smem) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const int thread_row = 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, thread_column = 2 * (threadIdx.x % 4);
     const uint64_t q_descriptor = matrix_descriptor(q_smem + warpgroup * 64 * SLAB_BYTES, Q_SLAB);
@@ -266,26 +280,29 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    TileList list;
-    WorkTile tile = {};
-    Mask mask;
+    // The current tile's slot is read again where it is needed, rarely, since registers are scarce.
+    Ring<TILE_SLOTS> slot_ring;  // of the tile after the current one
+    const auto current_slot = [&] { return (slot_ring.count - 1) % TILE_SLOTS; };
     KeyBlocks blocks;
-    int block, own_first;
+    int block;
     Softmax softmax;
     float scores[TILE_N / 2], rescale[2], output[HEAD_DIM_V / 2];
     uint32_t probs[TILE_N / 4];
 
-    // Moves on to the next tile that sees a key, and to its last block.
+    const auto release_tile = [&](uint32_t slot) {
+        if (signals) mbarrier_arrive(barriers + TILE_EMPTY + 8 * slot);
+    };
+    // Moves on to the next tile and its last block; false where there is none. The tile's slot stays taken.
     const auto next_tile = [&] {
-        while (list.next(args, tile)) {
-            own_first = tile.first_row + 64 * warpgroup;
-            mask = tile_mask(args, tile);
-            blocks = key_blocks(mask, tile.first_row, min(tile.first_row + TILE_M, tile.q_length) - 1, own_first, own_first + 63);
-            block = blocks.end - 1;
-            if (blocks.end > blocks.begin) return true;
-            store_empty(destination(args, tile, tile.first_row + thread_row), args.out_row_stride);
-        }
-        return false;
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        ++slot_ring.count;
+        const WorkTile& tile = tile_slots[slot];
+        if (tile.first_row < 0) return false;
+        const int own_first = tile.first_row + 64 * warpgroup;
+        blocks = key_blocks(tile_mask(args, tile), tile.first_row, min(tile.first_row + TILE_M, tile.q_length) - 1, own_first, own_first + 63);
+        block = blocks.end - 1;
+        return true;
     };
     const auto start_scores = [&] {
         mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
@@ -303,10 +320,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         pin(scores);
         if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage());
         ++k_ring.count;
-        if (block == blocks.begin) {  // the tile needs Q no more
-            if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage());
-            ++q_ring.count;
-        }
+    };
+    const auto release_q_after_last = [&] {
+        if (block != blocks.begin) return;
+        if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage());
+        ++q_ring.count;
     };
     const auto finish_output = [&] {
         wgmma_wait<0>();
@@ -317,7 +335,16 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage());
         ++v_ring.count;
     };
-    const auto hide_masked = [&] { mask_scores(scores, mask, tile.first_row + thread_row, block * TILE_N + thread_column); };
+    const auto hide_masked = [&] {
+        const WorkTile& tile = tile_slots[current_slot()];
+        mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column);
+    };
+    const auto few_keys = [&] {
+        const WorkTile& tile = tile_slots[current_slot()];
+        const int own_first = tile.first_row + 64 * warpgroup;
+        const Mask mask = tile_mask(args, tile);
+        return mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS;
+    };
     const auto pack_probs = [&] {
 #pragma unroll
         for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
@@ -338,6 +365,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         finish_scores(Constant<1>{});
         if constexpr (decltype(masked)::value) hide_masked();
         softmax.update(scores, args.scale_log2, rescale);
+        release_q_after_last();
         finish_output();
         release_v();
         if (PING_PONG) scale_rows(output, rescale);
@@ -350,6 +378,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         start_scores();
         if (PING_PONG) named_barrier_arrive(next_turn, 256);
         finish_scores(Constant<0>{});
+        release_q_after_last();
         start_tile();
     }
     while (more) {
@@ -362,7 +391,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 
         if (!PING_PONG) scale_rows(output, rescale);
         // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
-        if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
+        if (few_keys()) {
             mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
             issue_output(output, probs, v_descriptor + v_ring.stage() * (V_BYTES / 16));
             finish_output();
@@ -373,13 +402,14 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
                 probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
             }
         }
-        const WorkTile done = tile;
+        const uint32_t done = current_slot();
         more = next_tile();
         if (more) {
             mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
             start_scores();
             start_output();
             finish_scores(Constant<1>{});
+            release_q_after_last();
         } else {
             if (PING_PONG) named_barrier_sync(my_turn, 256);
             start_output();
@@ -389,7 +419,9 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         float inverse[2], lse[2];
         softmax.finish(args.scale_log2, inverse, lse);
         scale_rows(output, inverse);
-        const Destination to = destination(args, done, done.first_row + thread_row);
+        const Destination to = destination(args, tile_slots[done], thread_row);
+        __syncwarp();
+        release_tile(done);
         store_output(output, to, args.out_row_stride);
         store_lse(lse, to);
         if (more) start_tile();
@@ -399,6 +431,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1) attention_forward(const __grid_constant__ Arguments args) {
     extern __shared__ char shared[];
+    __shared__ WorkTile tile_slots[TILE_SLOTS];
     const uint32_t barriers = shared_address(shared);
     const uint32_t q_smem = (barriers + BARRIER_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
     const uint32_t k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
@@ -416,15 +449,19 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1)
             mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
             mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
         }
+        for (int slot = 0; slot < TILE_SLOTS; ++slot) {
+            mbarrier_init(barriers + TILE_FULL + 8 * slot, 1);
+            mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
     if (warp < 4) {
         release_registers<PRODUCER_REGISTERS>();
-        if (warp == 0) produce(args, barriers, q_smem, k_smem, v_smem);
+        if (warp == 0) produce(args, barriers, tile_slots, q_smem, k_smem, v_smem);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
-        consume(args, warp / 4 - 1, barriers, q_smem, k_smem, v_smem);
+        consume(args, warp / 4 - 1, barriers, tile_slots, q_smem, k_smem, v_smem);
     }
 }

@@ -1,4 +1,4 @@
-// Which output tile a CTA computes next. A persistent grid walks a fixed list, so no counter has to be reset between launches or graph replays.
+// The order in which the output tiles of a call are dealt to the CTAs of a persistent grid.
 #pragma once
 
 struct TilePlace {
@@ -14,6 +14,3 @@ __device__ __forceinline__ TilePlace tile_place(int index, int m_blocks, int hea
     const int within = index - first_head * m_blocks;
     return {m_blocks - 1 - within / group_heads, first_head + within % group_heads};
 }
-
-// The list is dealt like cards, there and back: who got the longer tile of one round gets the shorter one of the next.
-__device__ __forceinline__ int dealt_index(int round, int cta, int ctas) { return round * ctas + (round & 1 ? ctas - 1 - cta : cta); }
