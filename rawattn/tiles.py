@@ -57,7 +57,7 @@ _ALL = ("full", "causal", "window")
 # Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 35 for the rest.
 TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
     (64, 64, _ALL, Tile(192, 128, 2, 2, (32, 160), True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2")),
-    (128, 128, ("full",), Tile(128, 160, 2, 2, (40, 232), True, "the widest block that leaves room for two Q buffers in shared memory")),
+    (128, 128, ("full",), Tile(128, 176, 1, 2, (40, 232), True, "the widest block whose scores, P and output fit in 232 registers")),
     (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more")),
     (192, 128, _ALL, Tile(128, 128, 1, 2, (40, 232), False, "two stages of 192 + 128 columns just fit in shared memory")),
     (192, 192, _ALL, Tile(128, 112, 1, 2, (40, 232), False, "two stages of 192 + 192 columns just fit in shared memory")),

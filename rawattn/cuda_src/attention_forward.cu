@@ -199,27 +199,30 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
     if (threadIdx.x == 0 && index - int(gridDim.x) == list.tiles_before - 1) *args.next_tile = 0;
 }
 
-// scores = Q K^T for the warpgroup's 64 rows and one block of keys
-__device__ __forceinline__ void issue_scores(float (&scores)[TILE_N / 2], uint64_t q, uint64_t k) {
+// scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys
+__device__ __forceinline__ void issue_scores(float (&scores)[TILE_N / 2], uint32_t q_smem, uint32_t k_smem) {
+    const MatrixDescriptor<Q_SLAB> q(q_smem);
+    const MatrixDescriptor<KV_SLAB> k(k_smem);
     pin(scores);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
         const int slab = step / 4, within = step % 4 * 32;
-        wgmma_scores(scores, q + (slab * Q_SLAB + within) / 16, k + (slab * KV_SLAB + within) / 16, step > 0);
+        wgmma_scores(scores, q.at(slab * Q_SLAB + within), k.at(slab * KV_SLAB + within), step > 0);
     }
     wgmma_commit();
     pin(scores);
 }
 
 // output += P V for one block of keys; P's fragments are already in the layout of operand A
-__device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4], uint64_t v) {
+__device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4], uint32_t v_smem) {
+    const MatrixDescriptor<KV_SLAB> v(v_smem);
     pin(output);
     pin(probs);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < TILE_N / 16; ++step)
-        wgmma_output(output, probs[4 * step], probs[4 * step + 1], probs[4 * step + 2], probs[4 * step + 3], v + step * 16 * SLAB_BYTES / 16, 1);
+        wgmma_output(output, probs[4 * step], probs[4 * step + 1], probs[4 * step + 2], probs[4 * step + 3], v.at(step * 16 * SLAB_BYTES), 1);
     wgmma_commit();
     pin(output);
 }
@@ -266,122 +269,101 @@ __device__ __forceinline__ void store_lse(const float (&lse)[2], const Destinati
     if (to.rows > 8) to.lse[8] = lse[1];
 }
 
-// The blocks of all the CTA's tiles form one stream: the first scores of a tile run on the tensor cores beside the last P V of the tile before,
-// and its output is written meanwhile. So a short tile costs little more than its MMAs.
+// One warpgroup's part of every tile that the CTA takes: FlashAttention-3's two overlaps. Inside the warpgroup, P V of one block runs under the
+// softmax of the next; between warpgroups, one issues its MMAs while the others are at their softmax.
 __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, const WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
                                         uint32_t v_smem) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const int thread_row = 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, thread_column = 2 * (threadIdx.x % 4);
-    const uint64_t q_descriptor = matrix_descriptor(q_smem + warpgroup * 64 * SLAB_BYTES, Q_SLAB);
-    const uint64_t k_descriptor = matrix_descriptor(k_smem, KV_SLAB), v_descriptor = matrix_descriptor(v_smem, KV_SLAB);
     // Ping-pong: a warpgroup issues its MMAs when its own barrier, 1 + warpgroup, lets it, and then passes the turn on.
     const int my_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % CONSUMER_WARPGROUPS;
     if (PING_PONG && warpgroup == CONSUMER_WARPGROUPS - 1) named_barrier_arrive(next_turn, 256);
 
+    Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    // The current tile's slot is read again where it is needed, rarely, since registers are scarce.
-    Ring<TILE_SLOTS> slot_ring;  // of the tile after the current one
-    const auto current_slot = [&] { return (slot_ring.count - 1) % TILE_SLOTS; };
-    KeyBlocks blocks;
-    int block;
-    Softmax softmax;
-    float scores[TILE_N / 2], rescale[2], output[HEAD_DIM_V / 2];
-    uint32_t probs[TILE_N / 4];
-
-    const auto release_tile = [&](uint32_t slot) {
-        if (signals) mbarrier_arrive(barriers + TILE_EMPTY + 8 * slot);
-    };
-    // Moves on to the next tile and its last block; false where there is none. The tile's slot stays taken.
-    const auto next_tile = [&] {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
-        const WorkTile& tile = tile_slots[slot];
-        if (tile.first_row < 0) return false;
-        const int own_first = tile.first_row + 64 * warpgroup;
-        blocks = key_blocks(tile_mask(args, tile), tile.first_row, min(tile.first_row + TILE_M, tile.q_length) - 1, own_first, own_first + 63);
-        block = blocks.end - 1;
-        return true;
-    };
-    const auto start_scores = [&] {
+    const auto start_scores = [&](float (&scores)[TILE_N / 2]) {
         mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
         if (PING_PONG) named_barrier_sync(my_turn, 256);
-        issue_scores(scores, q_descriptor + q_ring.stage() * (Q_BYTES / 16), k_descriptor + k_ring.stage() * (K_BYTES / 16));
+        issue_scores(scores, q_smem + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES, k_smem + k_ring.stage() * K_BYTES);
     };
-    const auto start_output = [&] {
+    const auto start_output = [&](float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4]) {
         mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
-        issue_output(output, probs, v_descriptor + v_ring.stage() * (V_BYTES / 16));
+        issue_output(output, probs, v_smem + v_ring.stage() * V_BYTES);
+    };
+    const auto pass_turn = [&] {
         if (PING_PONG) named_barrier_arrive(next_turn, 256);
     };
-    // PENDING: groups issued after the one that is waited for
-    const auto finish_scores = [&](auto pending) {
-        wgmma_wait<decltype(pending)::value>();
-        pin(scores);
-        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage());
-        ++k_ring.count;
-    };
-    const auto release_q_after_last = [&] {
-        if (block != blocks.begin) return;
+    const auto release_q = [&] {
         if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage());
         ++q_ring.count;
     };
-    const auto finish_output = [&] {
-        wgmma_wait<0>();
-        pin(output);
-        pin(probs);
+    const auto release_k = [&] {
+        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage());
+        ++k_ring.count;
     };
     const auto release_v = [&] {
         if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage());
         ++v_ring.count;
     };
-    const auto hide_masked = [&] {
-        const WorkTile& tile = tile_slots[current_slot()];
-        mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column);
-    };
-    const auto few_keys = [&] {
-        const WorkTile& tile = tile_slots[current_slot()];
+
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        ++slot_ring.count;
+        const WorkTile& tile = tile_slots[slot];  // read again where it is needed, rarely, since registers are scarce
+        if (tile.first_row < 0) break;
         const int own_first = tile.first_row + 64 * warpgroup;
-        const Mask mask = tile_mask(args, tile);
-        return mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS;
-    };
-    const auto pack_probs = [&] {
-#pragma unroll
-        for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
-    };
-    const auto start_tile = [&] {
-        if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
-        softmax.reset();
-        softmax.update(scores, args.scale_log2, rescale);
-        pack_probs();
+        const KeyBlocks blocks =
+            key_blocks(tile_mask(args, tile), tile.first_row, min(tile.first_row + TILE_M, tile.q_length) - 1, own_first, own_first + 63);
+        int block = blocks.end - 1;
+
+        float scores[TILE_N / 2], rescale[2];
+        uint32_t probs[TILE_N / 4];
+        float output[HEAD_DIM_V / 2];
 #pragma unroll
         for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] = 0.0f;
-    };
-    // The next block of a tile: its scores, then P V of the block before, which runs under the softmax.
-    const auto step = [&](auto masked) {
-        start_scores();
-        if (!PING_PONG) scale_rows(output, rescale);
-        start_output();
-        finish_scores(Constant<1>{});
-        if constexpr (decltype(masked)::value) hide_masked();
-        softmax.update(scores, args.scale_log2, rescale);
-        release_q_after_last();
-        finish_output();
-        release_v();
-        if (PING_PONG) scale_rows(output, rescale);
-        pack_probs();
-    };
+        Softmax softmax;
+        softmax.reset();
+        const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
+        const auto pack_probs = [&] {
+#pragma unroll
+            for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
+        };
+        const auto finish_output = [&] {
+            wgmma_wait<0>();
+            pin(output);
+            pin(probs);
+        };
 
-    bool more = next_tile();
-    if (more) {
         mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
-        start_scores();
-        if (PING_PONG) named_barrier_arrive(next_turn, 256);
-        finish_scores(Constant<0>{});
-        release_q_after_last();
-        start_tile();
-    }
-    while (more) {
+        start_scores(scores);
+        pass_turn();
+        wgmma_wait<0>();
+        pin(scores);
+        release_k();
+        if (block == blocks.begin) release_q();
+        if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
+        softmax.update(scores, args.scale_log2, rescale);
+        pack_probs();
+
+        const auto step = [&](auto masked) {
+            start_scores(scores);
+            if (!PING_PONG) scale_rows(output, rescale);
+            start_output(output, probs);
+            pass_turn();
+            wgmma_wait<1>();
+            pin(scores);
+            release_k();
+            if constexpr (decltype(masked)::value) hide_masked();
+            softmax.update(scores, args.scale_log2, rescale);
+            // This branch also keeps ptxas from moving the wait for P V above the softmax, which is to run under it.
+            if (block == blocks.begin) release_q();
+            finish_output();
+            release_v();
+            if (PING_PONG) scale_rows(output, rescale);
+            pack_probs();
+        };
         --block;
         if constexpr (BOUND_RIGHT)
             for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
@@ -390,41 +372,30 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             for (; block >= blocks.begin; --block) step(Constant<1>{});
 
         if (!PING_PONG) scale_rows(output, rescale);
+        start_output(output, probs);
+        finish_output();
         // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
-        if (few_keys()) {
-            mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
-            issue_output(output, probs, v_descriptor + v_ring.stage() * (V_BYTES / 16));
-            finish_output();
+        const Mask mask = tile_mask(args, tile);
+        if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
 #pragma unroll
             for (int i = 0; i < TILE_N / 4; ++i) {
                 float low, high;
                 unpack2(probs[i], low, high);
                 probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
             }
+            start_output(output, probs);
+            finish_output();
         }
-        const uint32_t done = current_slot();
-        more = next_tile();
-        if (more) {
-            mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
-            start_scores();
-            start_output();
-            finish_scores(Constant<1>{});
-            release_q_after_last();
-        } else {
-            if (PING_PONG) named_barrier_sync(my_turn, 256);
-            start_output();
-        }
-        finish_output();
         release_v();
+
         float inverse[2], lse[2];
         softmax.finish(args.scale_log2, inverse, lse);
         scale_rows(output, inverse);
-        const Destination to = destination(args, tile_slots[done], thread_row);
+        const Destination to = destination(args, tile, thread_row);
         __syncwarp();
-        release_tile(done);
+        if (signals) mbarrier_arrive(barriers + TILE_EMPTY + 8 * slot);
         store_output(output, to, args.out_row_stride);
         store_lse(lse, to);
-        if (more) start_tile();
     }
     if (PING_PONG && warpgroup == 0) named_barrier_sync(my_turn, 256);  // takes up the last turn, which nobody else would
 }

@@ -83,10 +83,18 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Matrix descriptor of a 128-byte-swizzled operand (9.7.15.5.1): 8-row groups are 1024 bytes apart, 64-column slabs `slab_bytes` apart.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t slab_bytes) {
-    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(slab_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
+// Matrix descriptor of a 128-byte-swizzled operand (9.7.15.5.1): 8-row groups are 1024 bytes apart, 64-column slabs SLAB_STRIDE apart.
+// Only the low half depends on the address, so that stepping through a tile is one 32-bit addition for each MMA.
+template <int SLAB_STRIDE>
+struct MatrixDescriptor {
+    uint32_t low;
+
+    __device__ __forceinline__ explicit MatrixDescriptor(uint32_t address) : low(address >> 4 | SLAB_STRIDE >> 4 << 16) {}
+    __device__ __forceinline__ uint64_t at(int bytes) const {
+        constexpr uint32_t high = 1u << 30 | 1024 >> 4;  // swizzle mode 1 in bits 62 and 63, stride of row groups from bit 32
+        return uint64_t(high) << 32 | (low + bytes / 16);
+    }
+};
 
 // ---- registers, barriers between warpgroups ----
 
