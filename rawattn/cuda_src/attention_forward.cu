@@ -232,6 +232,11 @@ __device__ __forceinline__ void scale_rows(float (&output)[HEAD_DIM_V / 2], cons
     for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] *= factor[fragment_row(i)];
 }
 
+// Most blocks leave the maximum where it was, and a factor of 1 changes no bit.
+__device__ __forceinline__ void rescale_rows(float (&output)[HEAD_DIM_V / 2], const float (&factor)[2]) {
+    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(output, factor);
+}
+
 // Writes the warpgroup's 64 rows. The four lanes of a row transpose 4 x 4 words, so that each stores 16 bytes.
 __device__ __forceinline__ void store_output(const float (&output)[HEAD_DIM_V / 2], const Destination& to, long long row_stride) {
     const int lane = threadIdx.x % 4;
@@ -349,7 +354,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 
         const auto step = [&](auto masked) {
             start_scores(scores);
-            if (!PING_PONG) scale_rows(output, rescale);
+            if (!PING_PONG) rescale_rows(output, rescale);
             start_output(output, probs);
             pass_turn();
             wgmma_wait<1>();
@@ -361,7 +366,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             if (block == blocks.begin) release_q();
             finish_output();
             release_v();
-            if (PING_PONG) scale_rows(output, rescale);
+            if (PING_PONG) rescale_rows(output, rescale);
             pack_probs();
         };
         --block;
@@ -371,7 +376,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         if constexpr (BOUND_LEFT)
             for (; block >= blocks.begin; --block) step(Constant<1>{});
 
-        if (!PING_PONG) scale_rows(output, rescale);
+        if (!PING_PONG) rescale_rows(output, rescale);
         start_output(output, probs);
         finish_output();
         // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.

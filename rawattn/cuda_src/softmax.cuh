@@ -7,8 +7,12 @@ constexpr float NEGATIVE_INFINITY = -1.0f / 0.0f;
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
 
+// Scores may exceed the maximum that they are taken relative to by a factor of 2^8 before the output is rescaled: P stays far inside the range of
+// its 16-bit type, and the final division cancels whatever the maximum was, as FlashAttention-4 does on Blackwell. Each row decides for itself.
+constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
+
 struct Softmax {
-    float max[2];  // of the raw scores of the thread's two rows so far
+    float max[2];  // what the exponents of the thread's two rows are relative to: at most the threshold below the maximum so far
     float sum[2];  // of exp over the thread's own columns so far; reduced over the four lanes once, at the end
 
     __device__ __forceinline__ void reset() {
@@ -16,7 +20,7 @@ struct Softmax {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // Turns raw scores into exp(scale * (score - max)); `rescale` is what the earlier output must be multiplied by.
+    // Turns raw scores into exp(scale * (score - max)); `rescale` is what the earlier output must be multiplied by, nearly always 1.
     __device__ __forceinline__ void update(float (&scores)[TILE_N / 2], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -30,9 +34,10 @@ struct Softmax {
             float block_max = fmaxf(even, odd);
             block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 1));
             block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 2));
-            const float new_max = fmaxf(max[r], block_max);
+            const bool moves = (block_max - max[r]) * scale_log2 > RESCALE_THRESHOLD_LOG2;
+            const float new_max = moves ? block_max : max[r];
             const float shift = (new_max == NEGATIVE_INFINITY ? 0.0f : new_max) * scale_log2;  // -inf - -inf would be NaN
-            rescale[r] = exp2_approx(fmaf(max[r], scale_log2, -shift));
+            rescale[r] = moves ? exp2_approx(fmaf(max[r], scale_log2, -shift)) : 1.0f;
             max[r] = new_max;
             float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
