@@ -36,7 +36,8 @@ def attention(
 
     Args:
         q: queries (B, Sq, Hq, D), float16 or bfloat16: a CuPy, torch or JAX array on a Hopper GPU, or a NumPy array or CPU tensor, which
-            the float64 reference computes. The last axis is contiguous, other strides are any multiples of 16 bytes. D is a multiple of 8 up to 256.
+            the float64 reference computes. The last axis is contiguous, other strides are any multiples of 16 bytes. D is a multiple of 8
+            up to 256.
         k: keys (B, Sk, Hkv, D); Hq is a multiple of Hkv (grouped-query attention).
         v: values (B, Sk, Hkv, Dv); Dv is a multiple of 8 up to 256.
         causal: True hides from query i the keys after i + Sk - Sq (the diagonal ends bottom right); "top-left" those after i.
@@ -81,11 +82,11 @@ def attention_varlen(
 
     Args:
         q: queries (Tq, Hq, D) of all sequences; k: keys (Tk, Hkv, D); v: values (Tk, Hkv, Dv).
-        cu_seqlens_q: (B + 1,) int32: sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q. On a GPU it stays there: the host never
-            reads it, so that a captured CUDA graph replays with new lengths. Ascending, from 0 to at most Tq; lengths may be zero.
+        cu_seqlens_q: (B + 1,) int32: sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q. Ascending, from 0 to at most Tq;
+            lengths may be zero. On a GPU it stays there: the host never reads it, so that a captured CUDA graph replays with new lengths.
         cu_seqlens_k: (B + 1,) int32, likewise for k and v.
         causal, window, scale, out, return_lse: as for attention(), for each sequence; out is (Tq, Hq, Dv), the LSE (Hq, Tq).
-            Rows of out and LSE that belong to no sequence are not written.
+            Rows of out and LSE that belong to no sequence are undefined.
 
     Returns:
         out, or (out, lse), of the kind that q is.
@@ -172,7 +173,7 @@ class _Checked:
         return (result, arrays.from_numpy(lse.astype(np.float32), q)) if return_lse else result
 
     def on_device(self, views: dict[str, Array], return_lse: bool) -> Any:
-        q, k, v = views["q"], views["k"], views["v"]
+        q = views["q"]
         for name, array in views.items():
             if array.pointer % 16 and not name.startswith("cu_"):
                 raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
@@ -199,7 +200,16 @@ class _Checked:
             return
         if self.plan is None:
             self.plan = Plan(
-                self.spec, q, k, v, out, batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale
+                self.spec,
+                q,
+                k,
+                v,
+                out,
+                batch=self.batch,
+                left=self.left,
+                right=self.right,
+                bottom_right=self.bottom_right,
+                scale=self.scale,
             )
         cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
         self.plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
@@ -207,7 +217,11 @@ class _Checked:
 
 def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
     q, k, v = views["q"], views["k"], views["v"]
-    form = {"q": "(Tq, Hq, D)", "k": "(Tk, Hkv, D)", "v": "(Tk, Hkv, Dv)"} if varlen else {"q": "(B, Sq, Hq, D)", "k": "(B, Sk, Hkv, D)", "v": "(B, Sk, Hkv, Dv)"}
+    form = (
+        {"q": "(Tq, Hq, D)", "k": "(Tk, Hkv, D)", "v": "(Tk, Hkv, Dv)"}
+        if varlen
+        else {"q": "(B, Sq, Hq, D)", "k": "(B, Sk, Hkv, D)", "v": "(B, Sk, Hkv, Dv)"}
+    )
     arrays.check_together(views)
     for name, layout in form.items():
         array = views[name]
@@ -251,7 +265,11 @@ def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
         if out.dtype != q.dtype:
             raise TypeError(f"out has dtype {out.dtype}; needed: {q.dtype}, as q has")
         _check_strides("out", out)
-        if out.device is not None and 0 not in shape and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        if (
+            out.device is not None
+            and 0 not in shape
+            and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True))
+        ):
             raise ValueError(f"out has byte strides {out.strides}; needed: no two elements in one place")
 
 

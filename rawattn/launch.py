@@ -24,8 +24,9 @@ ARGUMENTS = np.dtype(
         "itemsize": 512,
     }
 )
-# Keys and values that are read by many tiles at a time should stay in L2 (50 MB on an H100), beside queries and outputs that pass through.
+# K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
+SHORT = 1024
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
@@ -79,7 +80,7 @@ class _TensorMap:
         )  # fmt: skip
         if status != 0:
             raise RuntimeError(
-                f"cuTensorMapEncodeTiled failed with CUDA error {status} for extents {list(self._extents)} and byte strides {list(self._strides)}"
+                f"cuTensorMapEncodeTiled failed with CUDA error {status}: extents {list(self._extents)}, byte strides {list(self._strides)}"
             )
         self._pointer = pointer
 
@@ -87,8 +88,8 @@ class _TensorMap:
 class _TileCounters:
     """Zeroed counters on one device, from which the CTAs of a launch are dealt their tiles; a launch leaves its counter zero again.
 
-    Launches that may run at the same time need counters of their own. A ring of more counters than launches fit in the driver's queues serves
-    them in turn; a captured launch, which may be replayed at any time, keeps one for good.
+    Launches that may run at the same time need counters of their own. A ring of more counters than the driver queues launches serves them
+    in turn; a captured launch, which may be replayed at any time, keeps one for good.
     """
 
     RING, CAPTURED = 1 << 16, 1 << 20
@@ -107,7 +108,9 @@ class _TileCounters:
         if stream and self._is_capturing(stream):
             index = next(self._captures)
             if index >= self.RING + self.CAPTURED:
-                raise RuntimeError(f"This process has captured {self.CAPTURED} attention calls in CUDA graphs, which is all that rawattn has counters for.")
+                raise RuntimeError(
+                    f"This process has captured {self.CAPTURED} attention calls in CUDA graphs, which is all that rawattn has counters for."
+                )
         else:
             index = next(self._launches) % self.RING
         return self._memory.ptr + 4 * index
@@ -122,7 +125,18 @@ class Plan:
     """A compiled kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place."""
 
     def __init__(
-        self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *, batch: int, left: int, right: int, bottom_right: bool, scale: float
+        self,
+        spec: KernelSpec,
+        q: Array,
+        k: Array,
+        v: Array,
+        out: Array,
+        *,
+        batch: int,
+        left: int,
+        right: int,
+        bottom_right: bool,
+        scale: float,
     ):
         import cupy
 
@@ -155,8 +169,10 @@ class Plan:
         self._grid = (min(multiprocessors, tiles),)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
-        head_bytes = 2 * rows_k * (spec.head_dim + spec.head_dim_v)
-        heads_per_group = max(1, L2_BUDGET // head_bytes) * spec.gqa_ratio if spec.mask == "causal" else 1
+        heads_per_group = 1
+        if spec.mask == "causal":
+            budget = L2_BUDGET // 2 if rows_k <= SHORT else L2_BUDGET
+            heads_per_group = max(1, budget // (2 * rows_k * (spec.head_dim + spec.head_dim_v))) * spec.gqa_ratio
 
         fields = block.view(ARGUMENTS)[0]
         batch_stride = 0 if spec.varlen else out.strides[0]

@@ -56,12 +56,22 @@ _ALL = ("full", "causal", "window")
 # (largest head_dim, largest head_dim_v, masks, tile); the first row that holds the spec is used.
 # Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 35 for the rest.
 TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
-    (64, 64, _ALL, Tile(192, 128, 2, 2, (32, 160), True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2")),
+    (
+        64,
+        64,
+        _ALL,
+        Tile(192, 128, 2, 2, (32, 160), True, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2"),
+    ),
     (128, 128, ("full",), Tile(128, 176, 1, 2, (40, 232), True, "the widest block whose scores, P and output fit in 232 registers")),
     (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more")),
     (192, 128, _ALL, Tile(128, 128, 1, 2, (40, 232), False, "two stages of 192 + 128 columns just fit in shared memory")),
     (192, 192, _ALL, Tile(128, 112, 1, 2, (40, 232), False, "two stages of 192 + 192 columns just fit in shared memory")),
-    (256, 256, ("full", "causal"), Tile(128, 80, 1, 2, (24, 240), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers")),
+    (
+        256,
+        256,
+        ("full", "causal"),
+        Tile(128, 80, 1, 2, (24, 240), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
+    ),
     (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
 

@@ -276,7 +276,12 @@ def test_verbose_and_slow_is_still_one_line(
     report = CompileReport(2.0, 168, 0, 0, (), "")
     monkeypatch.setenv("RAWATTN_VERBOSE", "1")
     monkeypatch.setattr(compiler, "SLOW_COMPILE_SECONDS", 0.001)
-    monkeypatch.setattr(compiler, "compile_cubin", lambda spec: (time.sleep(0.1), (b"cubin", report))[1])
+
+    def slow_compile(spec: KernelSpec) -> tuple[bytes, CompileReport]:
+        time.sleep(0.1)
+        return b"cubin", report
+
+    monkeypatch.setattr(compiler, "compile_cubin", slow_compile)
     compiler.build(SPEC)
     assert capsys.readouterr().err == f"rawattn: compiled {SPEC.name} in 2.00 s, 168 registers, 0 bytes spilled\n"
 

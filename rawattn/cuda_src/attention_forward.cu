@@ -349,7 +349,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         release_k();
         if (block == blocks.begin) release_q();
         if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
-        softmax.update(scores, args.scale_log2, rescale);
+        softmax.raise_max(scores, args.scale_log2, rescale);
+        softmax.exponentiate(scores, args.scale_log2);
         pack_probs();
 
         const auto step = [&](auto masked) {
@@ -361,12 +362,13 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             pin(scores);
             release_k();
             if constexpr (decltype(masked)::value) hide_masked();
-            softmax.update(scores, args.scale_log2, rescale);
-            // This branch also keeps ptxas from moving the wait for P V above the softmax, which is to run under it.
+            softmax.raise_max(scores, args.scale_log2, rescale);
+            // This branch also keeps ptxas from moving the wait for P V up; here P V has finished, and what follows may be interleaved.
             if (block == blocks.begin) release_q();
             finish_output();
             release_v();
             if (PING_PONG) rescale_rows(output, rescale);
+            softmax.exponentiate(scores, args.scale_log2);
             pack_probs();
         };
         --block;

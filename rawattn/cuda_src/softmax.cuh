@@ -2,26 +2,25 @@
 // row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
 #pragma once
 
-constexpr float NEGATIVE_INFINITY = -1.0f / 0.0f;
+constexpr float NEGATIVE_INFINITY = -1.0f / 0.0f, LN2 = 0.693147182f;
 
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
 
-// Scores may exceed the maximum that they are taken relative to by a factor of 2^8 before the output is rescaled: P stays far inside the range of
-// its 16-bit type, and the final division cancels whatever the maximum was, as FlashAttention-4 does on Blackwell. Each row decides for itself.
-constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
-
 struct Softmax {
-    float max[2];  // what the exponents of the thread's two rows are relative to: at most the threshold below the maximum so far
+    float max[2];  // of the raw scores of the thread's two rows so far
     float sum[2];  // of exp over the thread's own columns so far; reduced over the four lanes once, at the end
+
+    // What the exponents are relative to, rounded once, so that its rounding error is the same everywhere and cancels.
+    static __device__ __forceinline__ float shift(float score, float scale_log2) { return __fmul_rn(score, scale_log2); }
 
     __device__ __forceinline__ void reset() {
         max[0] = max[1] = NEGATIVE_INFINITY;
         sum[0] = sum[1] = 0.0f;
     }
 
-    // Turns raw scores into exp(scale * (score - max)); `rescale` is what the earlier output must be multiplied by, nearly always 1.
-    __device__ __forceinline__ void update(float (&scores)[TILE_N / 2], float scale_log2, float (&rescale)[2]) {
+    // Takes a block's scores into the maximum. What was accumulated before must be multiplied by `rescale`, which is exactly 1 if it did not move.
+    __device__ __forceinline__ void raise_max(const float (&scores)[TILE_N / 2], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // Two chains a row: a single one would wait for its own latency.
@@ -34,20 +33,27 @@ struct Softmax {
             float block_max = fmaxf(even, odd);
             block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 1));
             block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 2));
-            const bool moves = (block_max - max[r]) * scale_log2 > RESCALE_THRESHOLD_LOG2;
-            const float new_max = moves ? block_max : max[r];
-            const float shift = (new_max == NEGATIVE_INFINITY ? 0.0f : new_max) * scale_log2;  // -inf - -inf would be NaN
-            rescale[r] = moves ? exp2_approx(fmaf(max[r], scale_log2, -shift)) : 1.0f;
-            max[r] = new_max;
+            const float old_max = max[r];
+            max[r] = fmaxf(old_max, block_max);
+            rescale[r] = max[r] == old_max ? 1.0f : exp2_approx(shift(old_max, scale_log2) - shift(max[r], scale_log2));
+            sum[r] *= rescale[r];
+        }
+    }
+
+    // Turns the block's raw scores into exp(scale * (score - max)).
+    __device__ __forceinline__ void exponentiate(float (&scores)[TILE_N / 2], float scale_log2) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float offset = max[r] == NEGATIVE_INFINITY ? 0.0f : shift(max[r], scale_log2);  // -inf - -inf would be NaN
             float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
             for (int i = 2 * r; i < TILE_N / 2; i += 4) {
-                scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -shift));
-                scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -shift));
+                scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
+                scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
                 sum_even += scores[i];
                 sum_odd += scores[i + 1];
             }
-            sum[r] = fmaf(sum[r], rescale[r], sum_even + sum_odd);
+            sum[r] += sum_even + sum_odd;
         }
     }
 
@@ -58,7 +64,8 @@ struct Softmax {
             sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
             sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
             inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];  // a row without a key: output 0, LSE -inf; a NaN stays one
-            lse[r] = sum[r] == 0.0f ? NEGATIVE_INFINITY : fmaf(max[r] == NEGATIVE_INFINITY ? 0.0f : max[r], scale_log2 * 0.69314718f, logf(sum[r]));
+            const float offset = max[r] == NEGATIVE_INFINITY ? 0.0f : shift(max[r], scale_log2);
+            lse[r] = sum[r] == 0.0f ? NEGATIVE_INFINITY : fmaf(offset, LN2, logf(sum[r]));
         }
     }
 };
