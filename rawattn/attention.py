@@ -11,6 +11,7 @@ import numpy as np
 
 from . import arrays, reference
 from .arrays import Array
+from .compiler import check_gpu, current_device
 from .launch import Plan
 from .spec import DTYPES, KernelSpec
 
@@ -53,8 +54,9 @@ def attention(
         TypeError, ValueError: names the argument, what it was and what is needed; nothing was launched.
         UnsupportedEnvironment: no usable GPU, driver or compiler for arrays on a GPU.
 
-    The work is queued on the stream that is current for the arrays' framework; the host does not wait. Two runs give the same bits, and a
-    sequence's result does not depend on the batch around it. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
+    The work is queued on the stream that is current for the arrays' framework; the host waits for nothing but the compiler, at the first
+    call of a kind, which is to be made before a CUDA graph captures one. Two runs give the same bits, and a sequence's result does not depend
+    on the batch around it. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
 
     >>> import numpy as np, rawattn
     >>> q = np.ones((1, 4, 8, 64), np.float16)
@@ -62,7 +64,7 @@ def attention(
     >>> rawattn.attention(q, k, v, causal=True).shape
     (1, 4, 8, 64)
     """
-    return _attend(q, k, v, None, None, causal, window, scale, out, return_lse)
+    return _attend({"q": q, "k": k, "v": v}, causal, window, scale, out, return_lse)
 
 
 def attention_varlen(
@@ -100,50 +102,43 @@ def attention_varlen(
     >>> rawattn.attention_varlen(q, k, v, lengths, lengths).shape
     (7, 2, 64)
     """
-    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, scale, out, return_lse)
+    inputs = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    return _attend(inputs, causal, window, scale, out, return_lse)
 
 
 _local = threading.local()  # plans fill their argument block in place, so each thread has its own
 
 
-def _attend(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool
-) -> Any:
-    varlen = cu_q is not None or cu_k is not None
-    views = {"q": arrays.view("q", q), "k": arrays.view("k", k), "v": arrays.view("v", v)}
-    if varlen:
-        views["cu_seqlens_q"] = arrays.view("cu_seqlens_q", cu_q)
-        views["cu_seqlens_k"] = arrays.view("cu_seqlens_k", cu_k)
+def _attend(inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool) -> Any:
+    views = {name: arrays.view(name, x) for name, x in inputs.items()}
     if out is not None:
         views["out"] = arrays.view("out", out)
-    qa = views["q"]
     if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
         raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
     if window is not None:
-        window = _pair(window)
+        window = _checked_window(window)
+    if scale is not None:
+        scale = _checked_scale(scale)
     key = (causal, window, scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
-    plan = plans.get(key)
-    if plan is None:
-        checked = _Checked(views, varlen, causal, window, scale)
-        if qa.device is None:
-            return checked.on_host(views, causal, window, return_lse)
+    call = plans.get(key)
+    if call is None:
+        call = _Call(views, causal, window, scale)
+        if call.device is None:
+            return call.on_host(views, causal, window, return_lse)
         if len(plans) >= PLANS_KEPT:
             plans.clear()
-        plan = plans[key] = checked
-    return plan.on_device(views, return_lse)
+        plans[key] = call
+    return call.on_device(views, return_lse)
 
 
-class _Checked:
-    """A call whose arguments have been found right; what it needs is kept for the next call on arrays of the same geometry."""
+class _Call:
+    """A call whose arguments have been found right. It is kept for the next call on arrays of the same geometry, and keeps no array."""
 
-    def __init__(self, views: dict[str, Array], varlen: bool, causal: bool | str, window: Window | None, scale: float | None):
+    def __init__(self, views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None):
         q, k, v = views["q"], views["k"], views["v"]
+        varlen = "cu_seqlens_q" in views
         _check_arrays(views, varlen)
-        if scale is None:
-            scale = 1.0 / math.sqrt(q.shape[-1])
-        elif not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale is {scale}; needed: a finite number above 0")
         left, right = _window_bounds(causal, window)
         if left < UNBOUNDED:
             mask = "window"
@@ -151,7 +146,8 @@ class _Checked:
             mask = "causal"
         else:
             mask = "full"
-        self.varlen, self.scale = varlen, scale
+        self.device, self.varlen = q.device, varlen
+        self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2] if k.shape[-2] else 1, mask, varlen)
         self.out_shape = (*q.shape[:-1], v.shape[-1])
         self.lse_shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
@@ -177,6 +173,10 @@ class _Checked:
         for name, array in views.items():
             if array.pointer % 16 and not name.startswith("cu_"):
                 raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
+        assert q.device is not None
+        if self.plan is None:
+            current_device()  # says what is missing where there is no driver
+            check_gpu(q.device)
         out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
         lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
         import cupy
@@ -199,18 +199,7 @@ class _Checked:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
         if self.plan is None:
-            self.plan = Plan(
-                self.spec,
-                q,
-                k,
-                v,
-                out,
-                batch=self.batch,
-                left=self.left,
-                right=self.right,
-                bottom_right=self.bottom_right,
-                scale=self.scale,
-            )
+            self.plan = Plan(self.spec, q, k, v, out, self.batch, self.left, self.right, self.bottom_right, self.scale)
         cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
         self.plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
 
@@ -264,12 +253,10 @@ def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
             raise ValueError(f"out has shape {out.shape}; needed: {shape}")
         if out.dtype != q.dtype:
             raise TypeError(f"out has dtype {out.dtype}; needed: {q.dtype}, as q has")
+        if out.framework == "numpy" and not out.owner.flags.writeable:
+            raise ValueError("out is read-only; needed: an array to write to")
         _check_strides("out", out)
-        if (
-            out.device is not None
-            and 0 not in shape
-            and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True))
-        ):
+        if 0 not in shape and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
             raise ValueError(f"out has byte strides {out.strides}; needed: no two elements in one place")
 
 
@@ -289,7 +276,15 @@ def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
         raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
 
 
-def _pair(window: Window) -> Window:
+def _checked_scale(scale: float) -> float:
+    if not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise TypeError(f"scale is {scale!r}; needed: a finite number above 0")
+    if not 1e-37 <= scale <= 1e38:  # float32 holds it times log2(e); NaN fails
+        raise ValueError(f"scale is {scale!r}; needed: a finite number above 0 that float32 holds, from 1e-37 to 1e38")
+    return float(scale)
+
+
+def _checked_window(window: Window) -> Window:
     if not isinstance(window, Sequence) or len(window) != 2:
         raise ValueError(f"window is {window!r}; needed: (left, right)")
     for side in window:

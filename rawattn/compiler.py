@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .spec import KernelSpec
-from .tiles import tile_for
+from .tiles import CONTROL_BYTES, tile_for
 
 CUDA_SRC = Path(__file__).parent / "cuda_src"
 MAIN_FILE = "attention_forward.cu"
@@ -75,6 +75,7 @@ def source(spec: KernelSpec) -> str:
         "TILE_N": tile.tile_n,
         "Q_STAGES": tile.q_stages,
         "STAGES": tile.stages,
+        "CONTROL_BYTES": CONTROL_BYTES,
         "CONSUMER_WARPGROUPS": tile.consumer_warpgroups,
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
@@ -148,7 +149,8 @@ def compile_cubin(spec: KernelSpec) -> tuple[bytes, CompileReport]:
     program = nvrtc.createProgram(source(spec), f"{spec.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, OPTIONS)
-        cubin, log = nvrtc.getCUBIN(program), nvrtc.getProgramLog(program).rstrip("\0\n")
+        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy cuts the last byte, a NUL, as if it ended a string
+        log = nvrtc.getProgramLog(program).rstrip("\0\n")
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).rstrip("\0\n")
         raise CompileError(f"NVRTC {version[0]}.{version[1]} cannot compile {spec.name}: {error}\n{log}") from error

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import itertools
 import math
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from .tiles import SLAB, tile_for
 # struct Arguments of cuda_src/attention_forward.cu
 ARGUMENTS = np.dtype(
     {
-        "names": ["q_map", "k_map", "v_map", "pointers", "out_strides", "lse_batch_stride", "sizes", "window", "scale_log2"],
+        "names": ["q_map", "k_map", "v_map", "pointers", "out_strides", "lse_batch_stride", "sizes", "mask_and_group", "scale_log2"],
         "formats": ["V128", "V128", "V128", "5u8", "3i8", "i8", "4i4", "4i4", "f4"],
         "offsets": [0, 128, 256, 384, 424, 448, 456, 472, 488],
         "itemsize": 512,
@@ -54,6 +56,8 @@ class _TensorMap:
         *batch, rows, heads, columns = array.shape
         *batch_stride, row_stride, head_stride, _ = array.strides
         packed = not batch
+        if rows == 1:
+            row_stride = 16  # frameworks leave anything in a stride that is not used
         offsets = rows + 1 if packed else 1
         self.origin = -rows * row_stride if packed else 0
         extents = (columns, rows, offsets, heads, 1 if packed else batch[0])
@@ -88,32 +92,42 @@ class _TensorMap:
 class _TileCounters:
     """Zeroed counters on one device, from which the CTAs of a launch are dealt their tiles; a launch leaves its counter zero again.
 
-    Launches that may run at the same time need counters of their own. A ring of more counters than the driver queues launches serves them
-    in turn; a captured launch, which may be replayed at any time, keeps one for good.
+    Launches that may run at the same time need counters of their own, or each would miss the tiles that the other was dealt. So each stream,
+    whose launches follow one another, has one, and each captured launch, which may be replayed at any time. (A graph instantiated twice
+    and replayed by both at once would share its counters, as it shares its outputs.)
     """
 
-    RING, CAPTURED = 1 << 16, 1 << 20
+    STREAMS, CAPTURED = 1 << 12, 1 << 20
+    PER_THREAD = 2  # cudaStreamPerThread: one handle, a stream for each thread
 
     def __init__(self) -> None:
         import cupy
 
-        size = 4 * (self.RING + self.CAPTURED)
+        size = 4 * (self.STREAMS + self.CAPTURED)
         self._memory = cupy.cuda.Memory(size)  # not from the pool, whose memory is ordered with one stream
         cupy.cuda.runtime.memset(self._memory.ptr, 0, size)
         cupy.cuda.runtime.streamSynchronize(0)
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
-        self._launches, self._captures = itertools.count(), itertools.count(self.RING)
+        self._of_stream: dict[tuple[int, int], int] = {}
+        self._unused, self._uncaptured = itertools.count(), itertools.count(self.STREAMS)
 
     def address(self, stream: int) -> int:
         if stream and self._is_capturing(stream):
-            index = next(self._captures)
-            if index >= self.RING + self.CAPTURED:
-                raise RuntimeError(
-                    f"This process has captured {self.CAPTURED} attention calls in CUDA graphs, which is all that rawattn has counters for."
-                )
-        else:
-            index = next(self._launches) % self.RING
-        return self._memory.ptr + 4 * index
+            index = self._take(self._uncaptured, self.STREAMS + self.CAPTURED, f"captured {self.CAPTURED} attention calls in CUDA graphs")
+            return self._memory.ptr + 4 * index
+        key = (stream, threading.get_ident() if stream == self.PER_THREAD else 0)
+        address = self._of_stream.get(key)
+        if address is None:
+            index = self._take(self._unused, self.STREAMS, f"used {self.STREAMS} streams")
+            address = self._of_stream[key] = self._memory.ptr + 4 * index
+        return address
+
+    @staticmethod
+    def _take(indices: Iterator[int], end: int, used: str) -> int:
+        index = next(indices)
+        if index >= end:
+            raise RuntimeError(f"This process has {used} on one GPU, which is all that rawattn has counters for")
+        return index
 
 
 @functools.cache
@@ -131,7 +145,6 @@ class Plan:
         k: Array,
         v: Array,
         out: Array,
-        *,
         batch: int,
         left: int,
         right: int,
@@ -166,6 +179,8 @@ class Plan:
             tiles = (-(-rows_q // tile.tile_m) + batch) * heads  # an upper bound: the lengths are known on the device only
         else:
             tiles = -(-rows_q // tile.tile_m) * heads * batch
+        if tiles + multiprocessors >= 1 << 31:
+            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile.tile_m} rows; needed: fewer than 2**31")
         self._grid = (min(multiprocessors, tiles),)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
@@ -179,7 +194,7 @@ class Plan:
         fields["out_strides"] = (batch_stride, out.strides[-3], out.strides[-2])
         fields["lse_batch_stride"] = 0 if spec.varlen else heads * rows_q
         fields["sizes"] = (batch, heads, rows_q, rows_k)
-        fields["window"] = (left, right, bottom_right, min(heads_per_group, batch * heads))
+        fields["mask_and_group"] = (left, right, bottom_right, min(heads_per_group, batch * heads))
         fields["scale_log2"] = scale * math.log2(math.e)
 
     def launch(self, q: int, k: int, v: int, out: int, lse: int, cu_seqlens_q: int, cu_seqlens_k: int, stream: Any) -> None:

@@ -115,8 +115,12 @@ def device_code(tmp_path_factory: pytest.TempPathFactory) -> DeviceCode:
 
 
 def lengths(block: int) -> st.SearchStrategy[int]:
-    """Few, many and whole blocks of rows or keys."""
-    return st.one_of(st.integers(0, 300), st.integers(0, 4200), st.integers(0, 12).map(lambda blocks: blocks * block))
+    """Few or many rows or keys, or whole blocks and one more or less."""
+    return st.one_of(st.integers(0, 300), st.integers(0, 4200), around(st.integers(0, 12).map(lambda blocks: blocks * block)))
+
+
+def around(length: st.SearchStrategy[int]) -> st.SearchStrategy[int]:
+    return st.builds(lambda n, more: max(0, n + more), length, st.integers(-1, 1))
 
 
 def masks(mask: str, bounded: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[bool | str, Window]]:
@@ -167,9 +171,11 @@ def test_rows_see_the_keys_that_the_reference_sees(device_code: DeviceCode, spec
 def test_key_blocks_are_those_that_the_tile_sees(device_code: DeviceCode, spec: KernelSpec, data: st.DataObject) -> None:
     tile = tile_for(spec)
     sq, sk = max(1, data.draw(lengths(tile.tile_m), "Sq")), data.draw(lengths(tile.tile_n), "Sk")
-    causal, window = data.draw(masks(spec.mask, lengths(tile.tile_n)), "causal, window")
     first_row = tile.tile_m * data.draw(st.integers(0, (sq - 1) // tile.tile_m), "m_block")
     last_row = min(first_row + tile.tile_m, sq) - 1
+    # Bounds with which the tile's first or last row just reaches the first or last key.
+    corners = [abs(row - key) for row in (first_row, last_row, sq - first_row, sq - last_row) for key in (0, sk)]
+    causal, window = data.draw(masks(spec.mask, st.one_of(lengths(tile.tile_n), around(st.sampled_from(corners)))), "causal, window")
 
     first, last = (bounds[first_row : last_row + 1, None] for bounds in visible_keys(sq, sk, causal, window))
     key = np.arange(-(-sk // tile.tile_n) * tile.tile_n)  # to the end of the last block, past the last key
@@ -178,8 +184,8 @@ def test_key_blocks_are_those_that_the_tile_sees(device_code: DeviceCode, spec: 
 
     mask = Mask.of(sq, sk, causal, window)
     loaded = device_code.key_blocks(spec, mask, first_row, last_row, first_row, last_row)  # as the producer asks
+    assert loaded.end - loaded.begin == len(needed)  # 0 exactly when no row sees a key
     assert list(range(loaded.begin, loaded.end)) == needed
-    assert (loaded.begin == loaded.end) == (needed == [])
     for own_first in range(first_row, first_row + tile.tile_m, 64):
         blocks = device_code.key_blocks(spec, mask, first_row, last_row, own_first, own_first + 63)
         assert (blocks.begin, blocks.end) == (loaded.begin, loaded.end)

@@ -1,7 +1,7 @@
 // Attention forward for sm_90a: out = softmax(scale * Q K^T + mask) V, one pass over the keys with the online softmax
 // (Milakov and Gimelshein 2018, FlashAttention: Dao et al. 2022), scheduled as FlashAttention-3 (Shah et al. 2024) proposes:
-// a producer warp feeds K and V through TMA into a ring of shared-memory stages; each consumer warpgroup owns 64 query rows,
-// keeps scores, P and output in registers, and runs the scores of the next block on the tensor cores under the softmax of this one.
+// a producer warp feeds K and V through TMA into a ring of shared-memory stages; each consumer warpgroup owns 64 query rows, keeps scores,
+// P and output in registers, and has the tensor cores to itself while the others are at their softmax.
 // The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
 #include "ptx.cuh"
 #include "scheduler.cuh"
@@ -33,7 +33,7 @@ constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS;
-constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
+constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P of their last block in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
 constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
@@ -72,7 +72,7 @@ struct TileList {
         if constexpr (!VARLEN) {
             const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M, heads = args.heads * args.batch;
             tiles_before = m_blocks * heads;
-            const TilePlace place = tile_place(index, m_blocks, heads, args.heads_per_group);
+            const TilePlace place = tile_place(min(index, tiles_before - 1), m_blocks, heads, args.heads_per_group);
             const int batch = place.head / args.heads, first_row = index < tiles_before ? place.m_block * TILE_M : -1;
             if (lane == 0) tile = {first_row, place.head - batch * args.heads, batch, 0, args.seqlen_q, 0, 0, args.seqlen_k, 0, 0};
         } else {
@@ -159,12 +159,17 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
         const WorkTile& tile = tile_slots[slot];
         if (tile.first_row < 0) break;
         int asked = 0;
-        if (threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);  // early: the answer takes as long as a load
         const int last_row = min(tile.first_row + TILE_M, tile.q_length) - 1;
         const KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, tile.first_row, last_row);
         if (blocks.end <= blocks.begin) {
-            store_empty(args, tile);  // and the slot is filled again
-        } else if (++slot_ring.count, threadIdx.x == 0) {
+            store_empty(args, tile);
+            if (threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
+            __syncwarp();
+            index = gridDim.x + __shfl_sync(~0u, asked, 0);
+            continue;  // into the same slot
+        }
+        ++slot_ring.count;
+        if (threadIdx.x == 0) {
             mbarrier_arrive(barriers + TILE_FULL + 8 * slot);
             const int batch = VARLEN ? 0 : tile.batch, kv_head = tile.head / GQA_RATIO, k_row = tile.k_row, k_offset = tile.k_offset;
             const auto load_k = [&](int block) {
@@ -190,6 +195,7 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
                 load_k(block);
                 load_v(block + 1);
             }
+            asked = atomicAdd(args.next_tile, 1);  // late, so that who is done first is served first, and early enough to load the next Q in time
             load_v(blocks.begin);
         }
         index = gridDim.x + __shfl_sync(~0u, asked, 0);
@@ -274,8 +280,8 @@ __device__ __forceinline__ void store_lse(const float (&lse)[2], const Destinati
     if (to.rows > 8) to.lse[8] = lse[1];
 }
 
-// One warpgroup's part of every tile that the CTA takes: FlashAttention-3's two overlaps. Inside the warpgroup, P V of one block runs under the
-// softmax of the next; between warpgroups, one issues its MMAs while the others are at their softmax.
+// One warpgroup's part of every tile that the CTA takes, with FlashAttention-3's two overlaps: inside the warpgroup, P V of one block runs under the
+// mask and the maximum of the next; between warpgroups, one issues its MMAs while the others are at their softmax.
 __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, const WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
                                         uint32_t v_smem) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
@@ -363,7 +369,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             release_k();
             if constexpr (decltype(masked)::value) hide_masked();
             softmax.raise_max(scores, args.scale_log2, rescale);
-            // This branch also keeps ptxas from moving the wait for P V up; here P V has finished, and what follows may be interleaved.
+            // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
             if (block == blocks.begin) release_q();
             finish_output();
             release_v();
@@ -381,7 +387,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         if (!PING_PONG) rescale_rows(output, rescale);
         start_output(output, probs);
         finish_output();
-        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
+        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost in their last block,
+        // which holds all their keys unless a window makes them straddle two.
         const Mask mask = tile_mask(args, tile);
         if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
 #pragma unroll
@@ -408,10 +415,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1) attention_forward(const __grid_constant__ Arguments args) {
-    extern __shared__ char shared[];
-    __shared__ WorkTile tile_slots[TILE_SLOTS];
+    extern __shared__ __align__(16) char shared[];
+    static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
+    WorkTile* tile_slots = reinterpret_cast<WorkTile*>(shared + BARRIER_BYTES);
     const uint32_t barriers = shared_address(shared);
-    const uint32_t q_smem = (barriers + BARRIER_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
+    const uint32_t q_smem = (barriers + CONTROL_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
     const uint32_t k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
     if (threadIdx.x == 0) {
         prefetch_tensor_map(&args.q);

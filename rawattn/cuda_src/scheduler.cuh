@@ -1,12 +1,12 @@
-// The order in which the output tiles of a call are dealt to the CTAs of a persistent grid.
+// The order in which output tiles are dealt to the CTAs of a persistent grid.
 #pragma once
 
 struct TilePlace {
     int m_block;
-    int head;  // over all sequences: batch * heads + head
+    int head;  // of one sequence, or batch * heads + head over all sequences of one length
 };
 
-// The list of a dense call. Heads come in groups whose K and V fit in L2 together; inside a group the longest rows (highest m_block) come first.
+// Heads come in groups whose K and V fit in L2 together; inside a group the longest rows (highest m_block) come first.
 __device__ __forceinline__ TilePlace tile_place(int index, int m_blocks, int heads, int heads_per_group) {
     const int group = index / (heads_per_group * m_blocks);
     const int first_head = group * heads_per_group;
