@@ -93,8 +93,8 @@ class _TileCounters:
     """Zeroed counters on one device, from which the CTAs of a launch are dealt their tiles; a launch leaves its counter zero again.
 
     Launches that may run at the same time need counters of their own, or each would miss the tiles that the other was dealt. So each
-    stream, whose launches follow one another, has one, and each captured launch, which may be replayed at any time. (A graph instantiated twice
-    and replayed by both at once would share its counters, as it shares its outputs.)
+    stream, whose launches follow one another, has one, and each captured launch, which may be replayed at any time. (A graph instantiated
+    twice and replayed by both at once would share its counters, as it shares its outputs.)
     """
 
     STREAMS, CAPTURED = 1 << 12, 1 << 20
