@@ -34,6 +34,8 @@ OPTIONS = (
 )
 OLDEST_NVRTC = (12, 3)
 SLOW_COMPILE_SECONDS = 0.5
+CUBIN_NAME = re.compile(r"\w+\.[0-9a-f]{20}\.cubin", re.ASCII)
+TEMPORARY_NAME = re.compile(CUBIN_NAME.pattern + r"\w{8}\.tmp", re.ASCII)
 
 
 class CompileError(RuntimeError):
@@ -175,7 +177,7 @@ def _compile_on_miss(spec: KernelSpec) -> bytes:
     """compile_cubin under the user's switches, telling stderr what takes its time."""
     if _switch("RAWATTN_NO_JIT"):
         raise CompileError(
-            f"{spec.name} is not in {cache_dir()} and RAWATTN_NO_JIT=1 forbids compiling it: unset it, or run rawattn.compiler.build first"
+            f"{spec.name} is not in {cache_dir()} and RAWATTN_NO_JIT=1 forbids compiling it: unset it, or run rawattn warmup first"
         )
     verbose = _switch("RAWATTN_VERBOSE")
     # A timer, so that the line comes while the user waits: NVRTC runs without the GIL.
@@ -297,6 +299,46 @@ def _write(path: Path, cubin: bytes) -> None:
         raise UnsupportedEnvironment(
             f"The cache folder {folder} cannot be written ({error.strerror}): set RAWATTN_CACHE_DIR to a folder that you can write to"
         ) from error
+
+
+def is_cached(spec: KernelSpec) -> bool:
+    """Whether `build` would find `spec` on disk. Raises UnsupportedEnvironment as it does."""
+    return _read(_cache_path(spec)) is not None
+
+
+def cache_files() -> list[Path]:
+    """Everything in the cache folder, by name, a stranger's files too. Raises UnsupportedEnvironment where the folder is unsafe."""
+    folder = cache_dir()
+    _check_folder(folder)
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnsupportedEnvironment(
+            f"The cache folder {folder} cannot be read ({error.strerror}): set RAWATTN_CACHE_DIR to a folder of your own"
+        ) from error
+
+
+def is_cubin_name(name: str) -> bool:
+    """Whether `name` is one that `build` gives its files: variant, key, cubin."""
+    return CUBIN_NAME.fullmatch(name) is not None
+
+
+def is_cache_file(path: Path) -> bool:
+    """Whether `path` is a plain file under a name that `build` gives: a cubin, whole or damaged, or a temporary file."""
+    name = TEMPORARY_NAME.fullmatch(path.name) or CUBIN_NAME.fullmatch(path.name)
+    return name is not None and not path.is_symlink() and path.is_file()
+
+
+def is_sealed(name: str, data: bytes) -> bool:
+    """Whether `data` is the whole content of a cache file written under `name`. It shows damage; anyone can make a seal."""
+    return data[-32:] == _seal(Path(name), data[:-32])
+
+
+def store(name: str, data: bytes) -> None:
+    """Put a file for which is_cubin_name and is_sealed hold into the cache folder, as `build` writes its own."""
+    _write(cache_dir() / name, data[:-32])
 
 
 # ---- cubin -> kernel

@@ -1,19 +1,32 @@
-"""The command line: `rawattn info` and `rawattn check`."""
+"""The command line: `rawattn check`, `rawattn info`, `rawattn warmup` and `rawattn cache`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 import rawattn
+from rawattn import compiler
 
-from . import check, info
+from . import cache, check, info, warmup
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except compiler.UnsupportedEnvironment as error:  # one sentence with the remedy; a traceback would hide it
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawattn.__version__, prog_name="rawattn")
 def main() -> None:
     """Attention kernels for NVIDIA Hopper, compiled when they are first needed."""
 
 
+main.add_command(cache.cache)
 main.add_command(check.check)
 main.add_command(info.info)
+main.add_command(warmup.warmup)

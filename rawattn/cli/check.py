@@ -23,6 +23,7 @@ import rawattn
 from rawattn import compiler, reference
 
 from .info import machine
+from .models import GEOMETRIES, Geometry
 
 DTYPES: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 GQA_RATIOS = ((32, 32), (32, 16), (32, 8), (32, 4), (32, 1), (28, 4))
@@ -282,12 +283,14 @@ def heads(trial: Trial) -> None:
         trial.check(f"{n} heads", *trial.inputs(trial.pick(512, 64), n, n), causal=True)
 
 
-def model(query_heads: int, kv_heads: int) -> Callable[[Trial], None]:
+def model(geometry: Geometry) -> Callable[[Trial], None]:
+    heads, kv_heads, dim = geometry
+
     def run(trial: Trial) -> None:
         lengths = (1, 17, 512, 4096)
         for length in lengths if trial.on_gpu else lengths[:-1]:
-            trial.check(f"S={length}", *trial.inputs(length, query_heads, kv_heads), causal=True)
-        trial.note = f"{query_heads}/{kv_heads} heads of 128"
+            trial.check(f"S={length}", *trial.inputs(length, heads, kv_heads, dim=dim), causal=True)
+        trial.note = f"{heads}/{kv_heads} heads of {dim}"
 
     return run
 
@@ -309,12 +312,7 @@ SCENARIOS: dict[str, Callable[[Trial], None]] = {
     "causal-speed": causal_speed,
     "heads": heads,
 }
-MODELS: dict[str, Callable[[Trial], None]] = {
-    "llama-3.1-8b": model(32, 8),
-    "mistral-7b": model(32, 8),
-    "qwen-2.5-7b": model(28, 4),
-    "mistral-large-2": model(96, 8),
-}
+MODELS = {name: model(geometry) for name, geometry in GEOMETRIES.items()}
 
 
 @contextmanager

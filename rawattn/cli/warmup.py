@@ -1,0 +1,118 @@
+"""`rawattn warmup`: compile kernels ahead of the calls that need them, with or without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+
+import click
+
+from rawattn import compiler
+from rawattn.spec import DTYPES, MASKS, KernelSpec
+
+from .models import GEOMETRIES
+
+DTYPE_OF = {short: dtype for dtype, short in DTYPES.items()}
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice([*GEOMETRIES]), help="A model's geometry; repeatable.")
+@click.option("--head-dim", type=int, metavar="D", help="D of q and k.")
+@click.option("--head-dim-v", type=int, metavar="DV", help="Dv of v and the output.  [default: D]")
+@click.option("--gqa", type=int, metavar="N", help="Query heads for each key/value head.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice([*DTYPE_OF]), help="Repeatable.  [default: both]")
+@click.option("--mask", "masks", multiple=True, default=("causal", "full"), show_default=True, type=click.Choice(MASKS), help="Repeatable.")
+@click.option("--varlen/--dense", default=None, help="For attention_varlen or attention.  [default: both]")
+@click.pass_context
+def warmup(
+    context: click.Context,
+    models: tuple[str, ...],
+    head_dim: int | None,
+    head_dim_v: int | None,
+    gqa: int | None,
+    dtypes: tuple[str, ...],
+    masks: tuple[str, ...],
+    varlen: bool | None,
+) -> None:
+    """Compile kernels into the cache, in parallel; no GPU is needed.
+
+    Takes --model, or --head-dim and --gqa. Exit status: 0 if all are there, 1
+    if one could not be compiled, 2 for a usage error.
+
+    \b
+    Examples:
+        rawattn warmup --model llama-3.1-8b --dtype bf16
+        rawattn warmup --head-dim 128 --gqa 4 --mask window --dense
+    """
+    if models:
+        if (head_dim, head_dim_v, gqa) != (None, None, None):
+            raise click.UsageError("Give --model, or --head-dim and --gqa.")
+        geometries = [(x.head_dim, x.head_dim, x.heads // x.kv_heads) for x in map(GEOMETRIES.__getitem__, models)]
+    else:
+        if head_dim is None or gqa is None:
+            raise click.UsageError("Give --model, or --head-dim and --gqa.")
+        geometries = [(head_dim, head_dim if head_dim_v is None else head_dim_v, gqa)]
+    try:
+        specs = [
+            KernelSpec(DTYPE_OF[dtype], d, dv, ratio, mask, packed)
+            for (d, dv, ratio), dtype, mask, packed in itertools.product(
+                geometries, dtypes or DTYPE_OF, masks, (False, True) if varlen is None else (varlen,)
+            )
+        ]
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+    specs = list(dict.fromkeys(specs))  # models share geometries
+
+    missing = [spec for spec in specs if not compiler.is_cached(spec)]
+    results = _compile(missing)
+    for spec in specs:
+        result = results.get(spec, "cached")
+        text = result if isinstance(result, str) else "FAILED" if isinstance(result, BaseException) else f"{result:.2f} s"
+        click.echo(f"{spec.name:<40} {text:>8}")
+    errors = [result for result in results.values() if isinstance(result, BaseException)]
+    for message in dict.fromkeys(str(error) or type(error).__name__ for error in errors):  # a killed process fails all alike
+        click.echo(f"Error: {message}", err=True)
+    click.echo(
+        f"{len(missing) - len(errors)} compiled, {len(specs) - len(missing)} cached"
+        + (f", {len(errors)} failed" if errors else "")
+        + f"; {compiler.cache_dir()}"
+    )
+    context.exit(1 if errors else 0)
+
+
+def _compile(specs: list[KernelSpec]) -> dict[KernelSpec, float | BaseException]:
+    """Build the specs in as many processes as there are cores for: the seconds of each, or why it failed."""
+    if not specs:
+        return {}
+    workers = min(len(specs), len(os.sched_getaffinity(0)))
+    results: dict[KernelSpec, float | BaseException] = {}
+    # spawn: a fork would share whatever threads and CUDA state the caller has.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        futures: dict[Future[float], KernelSpec] = {pool.submit(_build, spec): spec for spec in specs}
+        try:
+            with click.progressbar(length=len(specs), label=f"compiling {len(specs)} kernels on {workers} cores", file=sys.stderr) as bar:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.exception() or future.result()
+                    bar.update(1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C waits for what runs, not for what is queued
+            raise
+    return results
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    compiler.SLOW_COMPILE_SECONDS = threading.TIMEOUT_MAX  # the progress bar says that it takes time
+
+
+def _build(spec: KernelSpec) -> float:
+    compiler.nvrtc_version()  # imports CuPy, which is not this variant's time
+    start = time.perf_counter()
+    compiler.build(spec)
+    return time.perf_counter() - start
