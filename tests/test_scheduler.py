@@ -78,22 +78,22 @@ class DeviceCode:
     """The kernel's functions in a shared library of the host."""
 
     def __init__(self, library: ctypes.CDLL):
-        self.library = library
+        self.compiled = library
 
     def place_tiles(self, m_blocks: int, heads: int, heads_per_group: int) -> np.ndarray:
         """(m_block, head) of every index, in order."""
         places = np.empty((m_blocks * heads, 2), np.intc)
-        self.library["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
+        self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
         bounds = np.empty((2, rows), np.intc)
-        self.library[f"row_bounds_{spec.name}"](mask, first_row, rows, *[x.ctypes.data_as(ctypes.c_void_p) for x in bounds])
+        self.compiled[f"row_bounds_{spec.name}"](mask, first_row, rows, *[x.ctypes.data_as(ctypes.c_void_p) for x in bounds])
         return bounds
 
     def key_blocks(self, spec: KernelSpec, mask: Mask, first_row: int, last_row: int, own_first: int, own_last: int) -> KeyBlocks:
-        function = self.library[f"key_blocks_{spec.name}"]
+        function = self.compiled[f"key_blocks_{spec.name}"]
         function.restype = KeyBlocks
         return function(mask, first_row, last_row, own_first, own_last)
 
