@@ -3,8 +3,8 @@
     python3 -m bench.compare --head-dim 128 --causal --tile 128,160,2,2,40,232,1 --source /tmp/changed_cuda_src --fa3 /tmp/site/fa3_xf
 
 The table's own tile is the first row. --tile is tile_m,tile_n,q_stages,stages,producer registers,consumer registers,ping_pong; --source is
-a changed copy of rawattn/cuda_src; --fa3 a folder with FlashAttention-3's torch library _C.so (and libcudart.so.12). All may be repeated or
-left out. Needs torch. Prints TFLOP/s for 16384 tokens of 2048 query columns; "!" marks a result that differs from the first row's.
+a changed copy of rawattn/cuda_src; both may be repeated. --fa3 is a folder with FlashAttention-3's torch library _C.so (and
+libcudart.so.12). Needs torch. Prints TFLOP/s for 16384 tokens of 2048 query columns; "!" marks a result that differs from the first row's.
 """
 
 from __future__ import annotations

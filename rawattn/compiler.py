@@ -277,8 +277,7 @@ def _read(path: Path) -> bytes | None:
         data = path.read_bytes()
     except OSError:
         return None
-    cubin, seal = data[:-32], data[-32:]
-    return cubin if seal == _seal(path, cubin) else None
+    return data[:-32] if is_sealed(path.name, data) else None
 
 
 def _write(path: Path, cubin: bytes) -> None:

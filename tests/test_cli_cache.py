@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from rawattn import compiler
 from rawattn.cli import main, models, warmup
-from rawattn.compiler import CompileError, CompileReport, UnsupportedEnvironment
+from rawattn.compiler import CompileError, UnsupportedEnvironment
 from rawattn.spec import KernelSpec
 
 SPEC = KernelSpec("bfloat16", 128, 128, 4, "causal")
@@ -27,27 +27,10 @@ def run(*arguments: object, **kwargs: Any) -> Result:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder, which does not exist yet; switches are off."""
-    monkeypatch.setenv("RAWATTN_CACHE_DIR", str(tmp_path / "cache"))
-    for switch in ("RAWATTN_NO_JIT", "RAWATTN_VERBOSE"):
-        monkeypatch.delenv(switch, raising=False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def compiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
-    """NVRTC replaced by a stand-in, and processes by threads, which see it; the list of what it compiled."""
-    done: list[KernelSpec] = []
-
-    def compile_cubin(spec: KernelSpec) -> tuple[bytes, CompileReport]:
-        done.append(spec)
-        return b"\x7fELF " + spec.name.encode() * 100, CompileReport(1.234, 168, 16, 0, (), "")
-
-    monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
-    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 9))
+def compiles(compiles: list[KernelSpec], monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
+    """As everywhere, and processes replaced by threads, which see the stand-in."""
     monkeypatch.setattr(warmup, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
-    return done
+    return compiles
 
 
 # ---- warmup

@@ -38,23 +38,6 @@ def child(before: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", CHILD.format(before=before)], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.fixture
-def compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
-    """A cache in an empty folder, NVRTC 12.9 replaced by a stand-in; the list of what it compiled."""
-    monkeypatch.setenv("RAWATTN_CACHE_DIR", str(tmp_path / "cache"))
-    for switch in ("RAWATTN_NO_JIT", "RAWATTN_VERBOSE"):
-        monkeypatch.delenv(switch, raising=False)
-    done: list[KernelSpec] = []
-
-    def compile_cubin(spec: KernelSpec) -> tuple[bytes, CompileReport]:
-        done.append(spec)
-        return b"\x7fELF " + spec.name.encode() * 100, CompileReport(1.234, 168, 16, 0, (), "")
-
-    monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
-    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 9))
-    return done
-
-
 # ---- source and key
 
 
