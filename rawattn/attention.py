@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import numpy as np
 from . import arrays, reference
 from .arrays import Array
 from .compiler import check_gpu, current_device
-from .launch import Plan
+from .launch import UNBOUNDED, Plan
 from .spec import DTYPES, KernelSpec
+from .tiles import split_rows
 
-UNBOUNDED = 1 << 30  # a window this wide hides nothing; positions stay within int32
 LONGEST = (1 << 29) - 1
 PLANS_KEPT = 4096
+FEW_QUERIES = 4  # attention() splits the keys where there are so many times as many of them as queries
 
 Window = tuple[int | None, int | None]
 
@@ -148,7 +150,11 @@ class _Call:
             mask = "full"
         self.device, self.varlen = q.device, varlen
         self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2] if k.shape[-2] else 1, mask, varlen)
+        ratio = q.shape[-2] // k.shape[-2] if k.shape[-2] else 1
+        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, mask, varlen)
+        if not varlen and FEW_QUERIES * q.shape[1] <= k.shape[1]:
+            split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], q.shape[1])
+            self.spec = replace(self.spec, varlen=split > 0, split_rows=split)
         self.out_shape = (*q.shape[:-1], v.shape[-1])
         self.lse_shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
         self.left, self.right, self.bottom_right = left, right, causal != "top-left"
@@ -199,9 +205,12 @@ class _Call:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
         if self.plan is None:
-            self.plan = Plan(self.spec, q, k, v, out, self.batch, self.left, self.right, self.bottom_right, self.scale)
+            self.plan = Plan(
+                self.spec, q, k, v, out,
+                batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
+            )  # fmt: skip
         cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
-        self.plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
+        self.plan.launch(stream, q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k)
 
 
 def _check_arrays(views: dict[str, Array], varlen: bool) -> None:

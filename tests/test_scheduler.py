@@ -30,10 +30,12 @@ PROLOGUE = """
 using std::max, std::min;
 #define __device__
 #define __forceinline__ inline
+constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_SPLITS};
 #include "scheduler.cuh"
 
 template <int TILE_N, bool BOUND_LEFT, bool BOUND_RIGHT>
 struct Variant {
+    static constexpr int PACK = 1;
 #include "mask.cuh"
 };
 

@@ -1,6 +1,7 @@
 // One wrapper for each PTX instruction that the kernels need. Section numbers: PTX ISA 8.8.
 #pragma once
 
+typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
