@@ -15,11 +15,10 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .checks import UNBOUNDED
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
 from .tiles import MAX_SPLITS, SLAB, split_rows, tile_for
-
-UNBOUNDED = 1 << 30  # a window this wide hides nothing; positions stay within int32
 
 # struct Arguments of cuda_src/attention_forward.cu
 POINTERS = (

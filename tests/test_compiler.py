@@ -46,7 +46,7 @@ def test_source_is_self_contained_and_includes_each_header_once() -> None:
     assert "#include" not in text and "#pragma once" not in text
     headers = sorted(path.name for path in compiler.CUDA_SRC.glob("*.cuh"))
     assert headers and all(text.count(f'#line 1 "{name}"') == 1 for name in headers)
-    assert re.search(rf'extern "C" __global__.*\battention_forward\(', text)
+    assert re.search(r'extern "C" __global__.*\battention_forward\(', text)
 
 
 @pytest.mark.parametrize("a_in_registers", [False, True])

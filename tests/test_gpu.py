@@ -1019,4 +1019,4 @@ def test_examples_of_the_readme_run() -> None:
         except pytest.skip.Exception:
             continue
         exec(compile(example, "README.md", "exec"), scope)
-    assert len(examples) == 6
+    assert len(examples) == 9
