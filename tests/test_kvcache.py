@@ -57,13 +57,14 @@ def loop(call: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """out, LSE, and the caches afterwards, all float64."""
     dtype = call["q"].dtype
     wide = {name: x.astype(np.float64) for name, x in call.items() if isinstance(x, np.ndarray) and x.dtype != np.int32}
-    k_cache, v_cache, cos, sin = wide["k_cache"], wide["v_cache"], wide.get("rotary_cos"), wide.get("rotary_sin")
+    k_cache, v_cache = wide["k_cache"], wide["v_cache"]
+    cos, sin = (wide.get(name) for name in ("rotary_cos", "rotary_sin"))
     lengths, table = call["cache_seqlens"], call.get("page_table")
     window = [math.inf if side in (None, -1) else side for side in call.get("window") or (None, None)]
     causal = call.get("causal", True)
     if "cu_seqlens_q" in call:
         ends = call["cu_seqlens_q"].tolist()
-        places = [[(i,) for i in range(ends[b], ends[b + 1])] for b in range(len(ends) - 1)]
+        places: list[list[tuple[int, ...]]] = [[(i,) for i in range(ends[b], ends[b + 1])] for b in range(len(ends) - 1)]
     else:
         places = [[(b, i) for i in range(call["q"].shape[1])] for b in range(call["q"].shape[0])]
 
@@ -80,10 +81,10 @@ def loop(call: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
         for i, row in enumerate(rows if "k" in call else []):
             for h in range(k_cache.shape[2]):
                 key = wide["k"][row][h]
-                k_cache[(*place(b, length + i), h)] = (
-                    key if cos is None else turned(key, cos[length + i], sin[length + i], call["rotary_interleaved"], dtype)
+                k_cache[place(b, length + i) + (h,)] = (
+                    key if cos is None or sin is None else turned(key, cos[length + i], sin[length + i], call["rotary_interleaved"], dtype)
                 )
-                v_cache[(*place(b, length + i), h)] = wide["v"][row][h]
+                v_cache[place(b, length + i) + (h,)] = wide["v"][row][h]
         keys = length + (len(rows) if "k" in call else 0)
         for i, row in enumerate(rows):
             diagonal = i + keys - len(rows)
@@ -92,7 +93,7 @@ def loop(call: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
             seen = [place(b, j) for j in range(first, keys) if diagonal - window[0] <= j <= diagonal + right]
             for h in range(call["q"].shape[-2] if seen else 0):
                 query = wide["q"][row][h]
-                if cos is not None:
+                if cos is not None and sin is not None:
                     at = length + (i if causal or window != [math.inf, math.inf] else 0)
                     query = turned(query, cos[at], sin[at], call["rotary_interleaved"], dtype)
                 scores = np.array([k_cache[p][h // RATIO] @ query for p in seen]) * call.get("scale", 1 / math.sqrt(D))
@@ -586,7 +587,7 @@ def test_bytes() -> None:
     ],
 )
 def test_wrong_cache(options: dict[str, Any], error: type[Exception], said: str, needed: str) -> None:
-    right = {"batch": 2, "max_seqlen": 8, "heads": 2, "head_dim": 16, "like": np.zeros(0, np.float16)}
+    right: dict[str, Any] = {"batch": 2, "max_seqlen": 8, "heads": 2, "head_dim": 16, "like": np.zeros(0, np.float16)}
     assert_refused(lambda: KVCache(**(right | options)), error, said, needed)
 
 
