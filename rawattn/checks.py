@@ -95,9 +95,9 @@ def check_cache(views: dict[str, Array]) -> None:
             raise TypeError(f"page_table has dtype {table.dtype}; needed: int32")
         if len(table.shape) != 2 or table.shape[0] != batch:
             raise ValueError(f"page_table has shape {table.shape}; needed: ({batch}, max_pages), one row for each sequence")
-        if table.shape[1] > 1 and table.strides[1] != 4:
+        if table.shape[0] > 0 and table.shape[1] > 1 and table.strides[1] != 4:
             raise ValueError(f"page_table has a byte stride of {table.strides[1]} on its last axis; needed: 4, contiguous")
-        if table.shape[0] > 1 and (table.strides[0] % 4 or table.strides[0] < 0):
+        if table.shape[0] > 1 and table.shape[1] > 0 and (table.strides[0] % 4 or table.strides[0] < 0):
             raise ValueError(f"page_table has byte strides {table.strides}; needed: a multiple of 4 from 0 up on its first axis")
     elif "cache_batch_idx" not in views and k_cache.shape[0] != batch:
         raise ValueError(f"k_cache has batch {k_cache.shape[0]}; needed: {batch}, as q has, or cache_batch_idx")

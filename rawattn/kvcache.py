@@ -222,7 +222,8 @@ class KVCache:
             self._table = arrays.empty(self._like, (batch, -(-self.max_seqlen // self._pool.page_size)), "int32")
             self._pages: list[list[int]] = [[] for _ in range(batch)]
             weakref.finalize(self, self._pool.release_all, self._pages).atexit = False
-        self.cache_seqlens, self.page_table = self._seqlens.owner, None if self._table is None else self._table.owner
+        self.cache_seqlens = self._seqlens.owner
+        self.page_table: Any = None if self._table is None else self._table.owner
         self._write_lengths()
 
     def _checked_rows(self, rows: Sequence[int]) -> list[int]:
