@@ -81,11 +81,11 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 # Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
 # Memory is the limit, so the rows fit the few queries, and as many bytes of K and V as shared memory holds are on the way.
 SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
-    (64, 64, Tile(64, 128, 1, 5, (0, 0), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128")),
+    (64, 64, Tile(64, 128, 2, 5, (0, 0), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128")),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
-    (128, 128, Tile(64, 64, 1, 5, (0, 0), False, "small blocks, so that a short sequence has enough of them; 160 KB on the way")),
+    (128, 128, Tile(64, 64, 2, 5, (0, 0), False, "small blocks, so that a short sequence has enough of them; 160 KB on the way")),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
-    (192, 128, Tile(64, 64, 1, 4, (0, 0), False, "as for 128")),
+    (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),
     (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "two stages of 64 KB and the carried output just fit")),
 )

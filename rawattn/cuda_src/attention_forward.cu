@@ -528,10 +528,10 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
         arriving = tile.first_splits;
     }
     store_partial(args, tile, output, softmax, thread_row);
-    __threadfence();
     const int own_barrier = 1 + CONSUMER_WARPGROUPS + warpgroup;
     named_barrier_sync(own_barrier, 128);
     if (threadIdx.x % 128 == 0) {
+        __threadfence();  // for all, whose stores the barrier has put before it
         int* arrived = args.arrivals + tile.slot * CONSUMER_WARPGROUPS + warpgroup;
         is_last[warpgroup] = atomicAdd(arrived, arriving) + arriving == tile.splits;
         if (is_last[warpgroup]) *arrived = 0;
