@@ -288,7 +288,7 @@ class Plan:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
             states = multiprocessors * MAX_SPLITS * partial_rows
-            self._outs_offset = ARRIVALS_BYTES + -(-8 * states // 16) * 16
+            self._outs_offset = ARRIVALS_BYTES + 32 * states
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
 

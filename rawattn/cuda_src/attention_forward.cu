@@ -23,7 +23,7 @@ struct Arguments {
     const int* page_table;       // [B, max_pages]
     int* arrivals;               // [slots, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
     float* partial_out;          // [slots, MAX_SPLITS, partial_rows, Dv]: of splits, not yet divided by the sum
-    float2* partial_state;       // [slots, MAX_SPLITS, partial_rows]: their maximum and sum
+    float2* partial_state;       // [slots, MAX_SPLITS, partial_rows, 4]: their maximum and sum
     long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
     long long lse_batch_stride;                                   // elements
     long long page_table_stride;                                  // elements
@@ -113,7 +113,7 @@ struct TileList {
     Sequence seq;                     // the lane's
     Places own;
     int start, through;    // its first place, and the places of all lanes up to it
-    int share_end, total;  // SPLIT
+    int share_start, share_end, total;  // SPLIT
 
     // Returns where the CTA's part of the list starts.
     __device__ __forceinline__ int begin(const Arguments& args) {
@@ -123,7 +123,7 @@ struct TileList {
         for (int batch = 32 + threadIdx.x % 32; batch < args.batch; batch += 32) total += places(args, sequence(args, batch)).count();
         total = __reduce_add_sync(~0u, total);
         share_end = share_begin(blockIdx.x + 1, gridDim.x, total);
-        return share_begin(blockIdx.x, gridDim.x, total);
+        return share_start = share_begin(blockIdx.x, gridDim.x, total);
     }
 
     // Writes the tile or split at or after `place` and returns the place after it. Once there is none, `before` is the length of the list.
@@ -211,8 +211,13 @@ struct TileList {
             tile.first_block = own.first_block + tile.split * own.blocks;
             tile.end_block = tile.first_block + own.blocks;
             const int tile_start = start + number * own.splits * own.cost;
-            tile.slot = share_of(tile_start, gridDim.x, total);
-            tile.first_splits = min(own.splits, own.at_or_after(share_begin(tile.slot + 1, gridDim.x, total) - tile_start));
+            tile.slot = blockIdx.x;
+            int end = share_end;
+            if (tile_start < share_start) {
+                tile.slot = share_of(tile_start, gridDim.x, total);
+                end = share_begin(tile.slot + 1, gridDim.x, total);
+            }
+            tile.first_splits = min(own.splits, own.at_or_after(end - tile_start));
         }
     }
 };
@@ -287,15 +292,15 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     }
 }
 
-// Takes tile after tile, tells the consumers, and loads Q and then the blocks of K and V from the last that the tile sees to the first;
+// Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
 // K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
 // Splits are not dealt: a CTA has those of its share.
-__device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem, uint32_t v_smem) {
-    TileList list;
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
+                                        uint32_t v_smem) {
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    int place = list.begin(args), asked = 0;
+    int asked = 0;
     const auto ask = [&] {
         if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
     };
@@ -328,6 +333,7 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
                     load_block(args, &args.v, SLABS_V, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, tile, block);
                     ++v_ring.count;
                 };
+                load_k(blocks.end - 1);
                 const uint32_t stage = q_ring.stage();
                 mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
                 if (threadIdx.x == 0) {
@@ -336,7 +342,6 @@ __device__ __forceinline__ void produce(const Arguments& args, uint32_t barriers
                     load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
                 }
                 ++q_ring.count;
-                load_k(blocks.end - 1);
 #pragma unroll 1
                 for (int block = blocks.end - 2; block >= blocks.begin; --block) {
                     load_k(block);
@@ -432,12 +437,12 @@ __device__ __forceinline__ void store_lse(const float (&lse)[2], const Destinati
 // Where the results of one split of a tile are kept for the CTA that combines them, from row `tile_row` on.
 struct Partial {
     float* out;     // [rows, Dv]
-    float2* state;  // [rows]: maximum, sum
+    float2* state;  // [rows, 4]: maximum and sum, once for each lane of the row, so that a whole sector is written and none has to be read first
 };
 
 __device__ __forceinline__ Partial partial(const Arguments& args, const WorkTile& tile, int split, int tile_row) {
     const long long row = (long long)(tile.slot * MAX_SPLITS + split) * args.partial_rows + tile_row;
-    return {args.partial_out + row * HEAD_DIM_V, args.partial_state + row};
+    return {args.partial_out + row * HEAD_DIM_V, args.partial_state + 4 * row};
 }
 
 __device__ __forceinline__ void store_partial(const Arguments& args, const WorkTile& tile, const float (&output)[HEAD_DIM_V / 2], const Softmax& softmax,
@@ -450,7 +455,7 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 #pragma unroll
         for (int i = 2 * r; i < HEAD_DIM_V / 2; i += 4)
             __stcg(reinterpret_cast<float2*>(to.out + fragment_column(i) + 2 * (threadIdx.x % 4)), make_float2(output[i], output[i + 1]));
-        if (threadIdx.x % 4 == 0) __stcg(to.state, make_float2(softmax.max[r], softmax.sum[r]));
+        __stcg(to.state + threadIdx.x % 4, make_float2(softmax.max[r], softmax.sum[r]));
     }
 }
 
@@ -503,11 +508,13 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
 __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTile& tile, int warpgroup, int thread_row, float (&output)[HEAD_DIM_V / 2],
                                             Softmax& softmax, float* carried, Softmax& carried_softmax, int* is_last) {
     carried += threadIdx.x - 128;
+    const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - thread_row;  // that there are from the thread's first on
     int arriving = 1;
     if (tile.split < tile.first_splits) {
         if (tile.split > 0) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
+                if (8 * r >= rows) continue;
                 const Fold fold(carried_softmax.max[r], carried_softmax.sum[r], softmax.max[r], softmax.sum[r], args.scale_log2);
                 softmax.max[r] = fold.max;
                 softmax.sum[r] = fold.sum;
@@ -521,7 +528,9 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
         if (tile.split == tile.splits - 1) return true;
         if (tile.split < tile.first_splits - 1) {
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM_V / 2; ++i) carried[i * CONSUMER_THREADS] = output[i];
+            for (int i = 0; i < HEAD_DIM_V / 2; ++i) {
+                if (8 * fragment_row(i) < rows) carried[i * CONSUMER_THREADS] = output[i];
+            }
             carried_softmax = softmax;
             return false;
         }
@@ -698,7 +707,12 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1)
     const uint32_t q_smem = (barriers + CONTROL_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
     const uint32_t k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
     float* carried = reinterpret_cast<float*>(shared + (v_smem + STAGES * V_BYTES - barriers));  // SPLIT: [Dv / 2, consumer threads]
-    if (threadIdx.x == 0) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
+    TileList list;
+    int place = 0;
+    if (warp == 0) {
+        place = list.begin(args);  // reads lengths, while another warp makes the barriers
+    } else if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
         prefetch_tensor_map(&args.k);
         prefetch_tensor_map(&args.v);
@@ -718,11 +732,11 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1)
         }
         mbarrier_init_fence();
     }
+    if (SPLIT && warp == 2) prefetch_global(args.arrivals + 8 * (threadIdx.x % 32));  // a sector each: whoever arrives last waits for its answer
     __syncthreads();
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
     if (warp < 4) {
         if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
-        if (warp == 0) produce(args, barriers, tile_slots, q_smem, k_smem, v_smem);
+        if (warp == 0) produce(args, list, place, barriers, tile_slots, q_smem, k_smem, v_smem);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
         consume(args, warp / 4 - 1, barriers, tile_slots, q_smem, k_smem, v_smem, carried, is_last);

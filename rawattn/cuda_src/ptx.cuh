@@ -52,6 +52,11 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Brings 32 bytes into L2 (prefetch, 9.7.9.15).
+__device__ __forceinline__ void prefetch_global(const void* pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
+}
+
 // Copies one box to shared memory; elements outside the tensor arrive as zeros. Coordinates: column, row, row offset, head, batch.
 __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column, int row, int offset, int head, int batch) {
     asm volatile(
