@@ -270,24 +270,27 @@ __device__ __forceinline__ void load_slabs(
     for (int slab = 0; slab < slabs; ++slab) tma_load(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
 }
 
-// Loads the TILE_N rows of one block of keys or values, one lane for a contiguous array, all lanes for the pieces of a page.
+// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it, and each lane looks up one page.
 __device__ __forceinline__ void load_block(const Arguments& args, const TensorMap* map, int slabs, uint32_t destination, uint32_t barrier, const WorkTile& tile,
                                            int block) {
-    const int kv_head = tile.head * PACK / GQA_RATIO;
+    const int kv_head = tile.head * PACK / GQA_RATIO, lane = threadIdx.x % 32;
+    if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
     if constexpr (PAGE_ROWS == 0) {
-        mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
         load_slabs(map, slabs, KV_SLAB, destination, barrier, tile.k_row + block * TILE_N, tile.k_offset, kv_head, tile.k_batch);
     } else {
-        const int lane = threadIdx.x % 32;
-        if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
-        __syncwarp();
-        for (int piece = lane; piece < TILE_N / max(PAGE_ROWS, 1); piece += 32) {
+        constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
+        for (int first = 0; first < PIECES; first += 32) {
             // The map of a page slides as that of a sequence does: the last page ends where the sequence ends.
-            const int key = block * TILE_N + piece * PAGE_ROWS, number = key / args.page_size, within = key - number * args.page_size;
-            const bool exists = key < tile.k_length;
+            const int key = block * TILE_N + (first + lane) * PAGE_ROWS, number = key / args.page_size;
+            const bool exists = first + lane < PIECES && key < tile.k_length;
             const int length = exists ? min(args.page_size, tile.k_length - number * args.page_size) : 0;
+            const int row = args.page_size - length + key - number * args.page_size;
             const int page = exists ? args.page_table[tile.batch * args.page_table_stride + number] : 0;
-            load_slabs(map, slabs, KV_SLAB, destination + piece * PAGE_ROWS * SLAB_BYTES, barrier, args.page_size - length + within, length, kv_head, page);
+            for (int i = 0; i < min(PIECES - first, 32); ++i) {
+                const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
+                if (lane == 0)
+                    load_slabs(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, piece_row, piece_length, kv_head, piece_page);
+            }
         }
     }
 }
