@@ -80,6 +80,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "STAGES": tile.stages,
         "CONTROL_BYTES": CONTROL_BYTES,
         "CONSUMER_WARPGROUPS": tile.consumer_warpgroups,
+        "CTAS_PER_SM": tile.ctas_per_sm,
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
         "PING_PONG": tile.ping_pong,

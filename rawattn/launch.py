@@ -18,7 +18,7 @@ from .arrays import Array
 from .checks import UNBOUNDED
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, split_rows, tile_for
+from .tiles import MAX_SPLITS, SLAB, SPLITS_OF_A_SEQUENCE, split_rows, tile_for
 
 # struct Arguments of cuda_src/attention_forward.cu
 POINTERS = (
@@ -37,7 +37,7 @@ ARGUMENTS = np.dtype(
 # K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
 SHORT = 1024
-ARRIVALS_BYTES = 4096  # at the start of a workspace: two counters for each of up to 512 CTAs
+ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
@@ -264,6 +264,8 @@ class Plan:
         places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
         if places >= 1 << 31:
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
+        if spec.split_rows and batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
+            multiprocessors *= tile.ctas_per_sm  # fewer splits are better spread over as many SMs
         self._grid = (min(multiprocessors, tiles * MAX_SPLITS if spec.split_rows else tiles),)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.

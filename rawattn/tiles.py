@@ -9,6 +9,7 @@ from .spec import KernelSpec
 SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
 SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
+SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at least: about the SMs of an H100, so that one sequence fills it
 MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
 
@@ -32,10 +33,11 @@ class Tile:
     registers: tuple[int, int]  # setmaxnreg of the producer and of a consumer warpgroup; 0: what the compiler gave them
     ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
     reason: str
+    ctas_per_sm: int = 1
 
     def __post_init__(self) -> None:
         # More than the CTA was launched with would make a warpgroup wait for registers for ever.
-        launched = 65536 // self.threads // 8 * 8
+        launched = 65536 // (self.threads * self.ctas_per_sm) // 8 * 8
         producer, consumer = self.registers
         assert producer + self.consumer_warpgroups * consumer <= (1 + self.consumer_warpgroups) * launched, self
 
@@ -51,7 +53,7 @@ class Tile:
         q = self.q_stages * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         carried = 4 * self.tile_m * spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far, in float32
-        return 1024 + CONTROL_BYTES + 2 * SLAB * (q + kv) + carried  # 1024: slabs start on 1 KiB, the swizzle's period
+        return CONTROL_BYTES + 2 * SLAB * (q + kv) + carried
 
 
 _ALL = ("full", "causal", "window")
@@ -73,7 +75,7 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         256,
         256,
         ("full", "causal"),
-        Tile(128, 80, 1, 2, (24, 240), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
+        Tile(128, 80, 1, 2, (40, 232), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
     ),
     (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
@@ -81,9 +83,9 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 # Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
 # Memory is the limit, so the rows fit the few queries, and as many bytes of K and V as shared memory holds are on the way.
 SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
-    (64, 64, Tile(64, 128, 2, 5, (0, 0), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128")),
+    (64, 64, Tile(64, 128, 1, 2, (56, 200), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
-    (128, 128, Tile(64, 64, 2, 5, (0, 0), False, "small blocks, so that a short sequence has enough of them; 160 KB on the way")),
+    (128, 128, Tile(64, 64, 1, 2, (56, 200), False, "small blocks, so that a short sequence has enough of them; one CTA computes while the other loads", 2)),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),

@@ -75,7 +75,8 @@ struct WorkTile {
     int k_length, k_row, k_offset, k_batch;
     int first_block, end_block;  // SPLIT: the blocks of keys of this split; then
     int split, splits;           // its number, and how many the tile has
-    int first_splits;            // how many of them, from the first on, the CTA of the first one computes
+    int run_begin, run_end;      // those of them that are in this CTA's share
+    int first_splits;            // those in the share of the CTA that has the first one
     int slot;                    // that CTA, in whose part of the workspace they meet
 };
 
@@ -113,21 +114,24 @@ struct TileList {
     Sequence seq;                     // the lane's
     Places own;
     int start, through;    // its first place, and the places of all lanes up to it
-    int share_start, share_end, total;  // SPLIT
+    int share_start, share_end, share;  // SPLIT
 
     // Returns where the CTA's part of the list starts.
     __device__ __forceinline__ int begin(const Arguments& args) {
         if constexpr (VARLEN) look(args);
         if constexpr (!SPLIT) return blockIdx.x;
-        total = own.count();
+        int total = own.count();
         for (int batch = 32 + threadIdx.x % 32; batch < args.batch; batch += 32) total += places(args, sequence(args, batch)).count();
         total = __reduce_add_sync(~0u, total);
-        share_end = share_begin(blockIdx.x + 1, gridDim.x, total);
-        return share_start = share_begin(blockIdx.x, gridDim.x, total);
+        share = (total + gridDim.x - 1) / gridDim.x;
+        share_start = min(total, int(blockIdx.x) * share);
+        share_end = min(total, share_start + share);
+        return share_start;
     }
 
     // Writes the tile or split at or after `place` and returns the place after it. Once there is none, `before` is the length of the list.
-    __device__ __forceinline__ int find(const Arguments& args, int place, WorkTile& tile) {
+    // `last` is what was written the time before.
+    __device__ __forceinline__ int find(const Arguments& args, int place, const WorkTile& last, WorkTile& tile) {
         const int lane = threadIdx.x % 32;
         if constexpr (!VARLEN) {
             const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M, heads = args.heads * args.batch;
@@ -136,6 +140,18 @@ struct TileList {
             const int batch = at.head / args.heads, first_row = place < before ? at.m_block * TILE_M : -1;
             if (lane == 0) tile = {first_row, at.head - batch * args.heads, batch, 0, args.seqlen_q, first_row, 0, batch, args.seqlen_k, 0, 0, batch};
         } else {
+            if (SPLIT && place != share_start && last.split + 1 < last.run_end) {  // the same tile goes on, as most do
+                constexpr int WORDS = sizeof(WorkTile) / 4;
+                if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
+                __syncwarp();
+                const int blocks = last.end_block - last.first_block;
+                if (lane == 0) {
+                    tile.split = last.split + 1;
+                    tile.first_block = last.end_block;
+                    tile.end_block = last.end_block + blocks;
+                }
+                return place + blocks + 1;
+            }
             while (true) {
                 const int item = own.at_or_after(place - start);  // a place may lie inside a split that another CTA has
                 const uint32_t here = __ballot_sync(~0u, item < own.items());
@@ -186,7 +202,7 @@ struct TileList {
 
     __device__ __forceinline__ void write(const Arguments& args, int item, WorkTile& tile) const {
         const int batch = first_batch + threadIdx.x % 32, number = item / own.splits;
-        const TilePlace at = tile_place(number, own.m_blocks, args.heads, args.heads);
+        const TilePlace at = {own.m_blocks - 1 - number / args.heads, number % args.heads};
         tile.first_row = at.m_block * TILE_ROWS;
         tile.head = at.head;
         tile.batch = batch;
@@ -211,13 +227,14 @@ struct TileList {
             tile.first_block = own.first_block + tile.split * own.blocks;
             tile.end_block = tile.first_block + own.blocks;
             const int tile_start = start + number * own.splits * own.cost;
+            tile.run_begin = own.at_or_after(share_start - tile_start);
+            tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
             tile.slot = blockIdx.x;
-            int end = share_end;
-            if (tile_start < share_start) {
-                tile.slot = share_of(tile_start, gridDim.x, total);
-                end = share_begin(tile.slot + 1, gridDim.x, total);
+            tile.first_splits = tile.run_end;
+            if (tile.run_begin > 0) {
+                tile.slot = tile_start / share;
+                tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
             }
-            tile.first_splits = min(own.splits, own.at_or_after(end - tile_start));
         }
     }
 };
@@ -310,7 +327,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
     while (true) {
         const uint32_t slot = slot_ring.stage();
         mbarrier_wait(barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
-        const int next = list.find(args, place, tile_slots[slot]);
+        const int next = list.find(args, place, tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], tile_slots[slot]);
         __syncwarp();
         const WorkTile& tile = tile_slots[slot];
         if (tile.first_row < 0) break;
@@ -465,7 +482,7 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 // Takes the splits of a tile together, those of the first CTA, which are one result, and the others in their order, and writes the output.
 __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup) {
     constexpr int COLUMNS = 8;  // of one thread's task
-    constexpr int BATCH = TILE_M == 128 ? 2 : HEAD_DIM_V <= 192 ? 8 : 4;  // splits on the way to it at a time, as registers allow
+    constexpr int BATCH = TILE_M == 128 ? 2 : 4;  // splits on the way to it at a time, as registers allow
     for (int task = threadIdx.x % 128; task < 64 * (HEAD_DIM_V / COLUMNS); task += 128) {
         const int row = 64 * warpgroup + task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
         const Destination to = destination(args, tile, row);
@@ -512,8 +529,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
                                             Softmax& softmax, float* carried, Softmax& carried_softmax, int* is_last) {
     carried += threadIdx.x - 128;
     const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - thread_row;  // that there are from the thread's first on
-    int arriving = 1;
-    if (tile.split < tile.first_splits) {
+    if (tile.run_begin == 0) {
         if (tile.split > 0) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -529,7 +545,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
             }
         }
         if (tile.split == tile.splits - 1) return true;
-        if (tile.split < tile.first_splits - 1) {
+        if (tile.split < tile.run_end - 1) {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM_V / 2; ++i) {
                 if (8 * fragment_row(i) < rows) carried[i * CONSUMER_THREADS] = output[i];
@@ -537,10 +553,10 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
             carried_softmax = softmax;
             return false;
         }
-        arriving = tile.first_splits;
     }
     store_partial(args, tile, output, softmax, thread_row);
-    const int own_barrier = 1 + CONSUMER_WARPGROUPS + warpgroup;
+    if (tile.split < tile.run_end - 1) return false;
+    const int own_barrier = 1 + CONSUMER_WARPGROUPS + warpgroup, arriving = tile.run_end - tile.run_begin;
     named_barrier_sync(own_barrier, 128);
     if (threadIdx.x % 128 == 0) {
         __threadfence();  // for all, whose stores the barrier has put before it
@@ -701,15 +717,15 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
     if (PING_PONG && warpgroup == 0) named_barrier_sync(my_turn, 256);  // takes up the last turn, which nobody else would
 }
 
-extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1) attention_forward(const __grid_constant__ Arguments args) {
-    extern __shared__ __align__(16) char shared[];
-    static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) + 4 * CONSUMER_WARPGROUPS <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
+extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_forward(const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) char shared[];  // the swizzle pattern repeats every 1024 bytes of address
+    const uint32_t barriers = shared_address(shared), q_smem = barriers + CONTROL_BYTES, k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
+    constexpr int CARRIED = CONTROL_BYTES + Q_STAGES * Q_BYTES + STAGES * (K_BYTES + V_BYTES);
+    float* carried = reinterpret_cast<float*>(shared + CARRIED);  // SPLIT: [Dv / 2, consumer threads]
     WorkTile* tile_slots = reinterpret_cast<WorkTile*>(shared + BARRIER_BYTES);
     int* is_last = reinterpret_cast<int*>(tile_slots + TILE_SLOTS);  // [CONSUMER_WARPGROUPS]
-    const uint32_t barriers = shared_address(shared);
-    const uint32_t q_smem = (barriers + CONTROL_BYTES + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes of address
-    const uint32_t k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
-    float* carried = reinterpret_cast<float*>(shared + (v_smem + STAGES * V_BYTES - barriers));  // SPLIT: [Dv / 2, consumer threads]
+    static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) + 4 * CONSUMER_WARPGROUPS <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
+    if (q_smem % 1024 != 0) __trap();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
     TileList list;
     int place = 0;
@@ -735,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), 1)
         }
         mbarrier_init_fence();
     }
-    if (SPLIT && warp == 2) prefetch_global(args.arrivals + 8 * (threadIdx.x % 32));  // a sector each: whoever arrives last waits for its answer
+    if (SPLIT && (warp == 2 || warp == 3)) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
     __syncthreads();
     if (warp < 4) {
         if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();

@@ -36,7 +36,3 @@ struct Places {
         cost = blocks + 1;  // the start and the end of a split take about as long as a block
     }
 };
-
-// The first place of a CTA's share of `total` places, and whose share a place is in.
-__device__ __forceinline__ int share_begin(int cta, int ctas, int total) { return ((long long)cta * total + ctas - 1) / ctas; }
-__device__ __forceinline__ int share_of(int place, int ctas, int total) { return (long long)place * ctas / total; }
