@@ -41,7 +41,7 @@ ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for eac
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
-_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 0
+_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 3, 0
 
 
 @functools.cache
@@ -68,6 +68,7 @@ class _TensorMap:
         strides = tuple(stride if extent > 1 else 16 for stride, extent in zip(strides, extents[1:], strict=True))
         self._address = address
         self._dtype = _TENSOR_MAP_DTYPE[dtype]
+        self._promotion = _L2_PROMOTION_256B if extents[0] > SLAB else _L2_PROMOTION_128B  # a row's next slab is asked for next
         self._extents = (ctypes.c_uint64 * 5)(*extents)
         self._strides = (ctypes.c_uint64 * 4)(*strides)
         self._box = (ctypes.c_uint32 * 5)(SLAB, *box)
@@ -104,7 +105,7 @@ class _TensorMap:
             return
         status = _encode_tiled()(
             self._address, self._dtype, 5, pointer + self.origin, self._extents, self._strides, self._box, self._element_strides,
-            _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS,
+            _INTERLEAVE_NONE, _SWIZZLE_128B, self._promotion, _OUT_OF_BOUNDS_ZEROS,
         )  # fmt: skip
         if status != 0:
             raise RuntimeError(

@@ -67,8 +67,12 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         _ALL,
         Tile(192, 128, 2, 2, (32, 160), False, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2"),
     ),
-    (128, 128, ("full",), Tile(128, 176, 1, 2, (40, 232), True, "the widest block whose scores, P and output fit in 232 registers")),
-    (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more")),
+    (
+        128,
+        128,
+        _ALL,
+        Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more; full is as fast as 128x176"),
+    ),
     (192, 128, _ALL, Tile(128, 128, 1, 2, (40, 232), False, "two stages of 192 + 128 columns just fit in shared memory")),
     (192, 192, _ALL, Tile(128, 112, 1, 2, (40, 232), False, "two stages of 192 + 192 columns just fit in shared memory")),
     (
@@ -85,7 +89,20 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (64, 64, Tile(64, 128, 1, 2, (56, 200), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
-    (128, 128, Tile(64, 64, 1, 2, (56, 200), False, "small blocks, so that a short sequence has enough of them; one CTA computes while the other loads", 2)),
+    (
+        128,
+        128,
+        Tile(
+            64,
+            64,
+            1,
+            2,
+            (56, 200),
+            False,
+            "small blocks, so that a short sequence has enough of them; one CTA computes while the other loads",
+            2,
+        ),
+    ),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),

@@ -115,6 +115,7 @@ struct TileList {
     Places own;
     int start, through;    // its first place, and the places of all lanes up to it
     int share_start, share_end, share;  // SPLIT
+    int remaining = 0;                  // splits of the last tile found that the share still has
 
     // Returns where the CTA's part of the list starts.
     __device__ __forceinline__ int begin(const Arguments& args) {
@@ -140,7 +141,8 @@ struct TileList {
             const int batch = at.head / args.heads, first_row = place < before ? at.m_block * TILE_M : -1;
             if (lane == 0) tile = {first_row, at.head - batch * args.heads, batch, 0, args.seqlen_q, first_row, 0, batch, args.seqlen_k, 0, 0, batch};
         } else {
-            if (SPLIT && place != share_start && last.split + 1 < last.run_end) {  // the same tile goes on, as most do
+            if (SPLIT && remaining > 0) {  // the same tile goes on, as most do
+                --remaining;
                 constexpr int WORDS = sizeof(WorkTile) / 4;
                 if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
                 __syncwarp();
@@ -163,6 +165,7 @@ struct TileList {
                         else
                             tile.first_row = -1;
                     }
+                    if constexpr (SPLIT) remaining = __shfl_sync(~0u, remaining, owner);
                     return __shfl_sync(~0u, item_start + own.cost, owner);
                 }
                 before += __shfl_sync(~0u, through, 31);
@@ -200,7 +203,7 @@ struct TileList {
         return places;
     }
 
-    __device__ __forceinline__ void write(const Arguments& args, int item, WorkTile& tile) const {
+    __device__ __forceinline__ void write(const Arguments& args, int item, WorkTile& tile) {
         const int batch = first_batch + threadIdx.x % 32, number = item / own.splits;
         const TilePlace at = {own.m_blocks - 1 - number / args.heads, number % args.heads};
         tile.first_row = at.m_block * TILE_ROWS;
@@ -229,6 +232,7 @@ struct TileList {
             const int tile_start = start + number * own.splits * own.cost;
             tile.run_begin = own.at_or_after(share_start - tile_start);
             tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
+            remaining = tile.run_end - tile.split - 1;
             tile.slot = blockIdx.x;
             tile.first_splits = tile.run_end;
             if (tile.run_begin > 0) {
@@ -303,6 +307,7 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
             const int length = exists ? min(args.page_size, tile.k_length - number * args.page_size) : 0;
             const int row = args.page_size - length + key - number * args.page_size;
             const int page = exists ? args.page_table[tile.batch * args.page_table_stride + number] : 0;
+            __syncwarp();
             for (int i = 0; i < min(PIECES - first, 32); ++i) {
                 const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
                 if (lane == 0)
@@ -340,35 +345,38 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
         } else {
             ++slot_ring.count;
             mbarrier_arrive(barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
-            if (!sees_none && (PAGE_ROWS > 0 || threadIdx.x == 0)) {
+            if (PAGE_ROWS > 0 || threadIdx.x == 0) {
                 const auto load_k = [&](int block) {
                     const uint32_t stage = k_ring.stage();
-                    mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
+                    if (threadIdx.x == 0) mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
                     load_block(args, &args.k, SLABS_QK, k_smem + stage * K_BYTES, barriers + K_FULL + 8 * stage, tile, block);
                     ++k_ring.count;
                 };
                 const auto load_v = [&](int block) {
                     const uint32_t stage = v_ring.stage();
-                    mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
+                    if (threadIdx.x == 0) mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
                     load_block(args, &args.v, SLABS_V, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, tile, block);
                     ++v_ring.count;
                 };
-                load_k(blocks.end - 1);
-                const uint32_t stage = q_ring.stage();
-                mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
-                if (threadIdx.x == 0) {
-                    const uint32_t barrier = barriers + Q_FULL + 8 * stage;
-                    mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                    load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
-                }
-                ++q_ring.count;
+                const auto load_q = [&] {
+                    if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
+                    const uint32_t stage = q_ring.stage(), barrier = barriers + Q_FULL + 8 * stage;
+                    if (threadIdx.x == 0) {
+                        mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
+                        mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
+                        load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                    }
+                    ++q_ring.count;
+                };
+                if (!sees_none) load_k(blocks.end - 1);
+                load_q();
 #pragma unroll 1
                 for (int block = blocks.end - 2; block >= blocks.begin; --block) {
                     load_k(block);
                     load_v(block + 1);
                 }
                 ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
-                load_v(blocks.begin);
+                if (!sees_none) load_v(blocks.begin);
             }
         }
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
@@ -626,7 +634,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] = 0.0f;
         Softmax softmax;
         softmax.reset();
-        if (!SPLIT || blocks.begin < blocks.end) {  // a split may have no key that the tile sees
+        const bool is_last_of_q = !SPLIT || tile.split == tile.run_end - 1;
+        if (!SPLIT || tile.split == tile.run_begin) mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+        if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
+            if (is_last_of_q) release_q();
+        } else {
         const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
         const auto pack_probs = [&] {
 #pragma unroll
@@ -638,13 +650,12 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             pin(probs);
         };
 
-        mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         start_scores(scores);
         pass_turn();
         wgmma_wait<0>();
         pin(scores);
         release_k();
-        if (block == blocks.begin) release_q();
+        if (block == blocks.begin && is_last_of_q) release_q();
         if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
         softmax.raise_max(scores, args.scale_log2, rescale);
         softmax.exponentiate(scores, args.scale_log2);
@@ -661,7 +672,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             if constexpr (decltype(masked)::value) hide_masked();
             softmax.raise_max(scores, args.scale_log2, rescale);
             // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
-            if (block == blocks.begin) release_q();
+            if (block == blocks.begin && is_last_of_q) release_q();
             finish_output();
             release_v();
             if (PING_PONG) rescale_rows(output, rescale);
