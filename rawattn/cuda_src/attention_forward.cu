@@ -308,6 +308,7 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
             const int row = args.page_size - length + key - number * args.page_size;
             const int page = exists ? args.page_table[tile.batch * args.page_table_stride + number] : 0;
             __syncwarp();
+#pragma unroll 1
             for (int i = 0; i < min(PIECES - first, 32); ++i) {
                 const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
                 if (lane == 0)
