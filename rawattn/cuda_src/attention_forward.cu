@@ -301,12 +301,11 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     } else {
         constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
         for (int first = 0; first < PIECES; first += 32) {
-            // The map of a page slides as that of a sequence does: the last page ends where the sequence ends.
-            const int key = block * TILE_N + (first + lane) * PAGE_ROWS, number = key / args.page_size;
-            const bool exists = first + lane < PIECES && key < tile.k_length;
-            const int length = exists ? min(args.page_size, tile.k_length - number * args.page_size) : 0;
-            const int row = args.page_size - length + key - number * args.page_size;
-            const int page = exists ? args.page_table[tile.batch * args.page_table_stride + number] : 0;
+            // The map of a page slides as that of a sequence does: the last page ends where the sequence ends. Pieces past it load the last key
+            // and zeros, since TMA faults on a box that is out of bounds as a whole where the map's base is no memory.
+            const int key = min(block * TILE_N + (first + lane) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
+            const int length = min(args.page_size, tile.k_length - number * args.page_size), row = args.page_size - length + key - number * args.page_size;
+            const int page = args.page_table[tile.batch * args.page_table_stride + number];
             __syncwarp();
 #pragma unroll 1
             for (int i = 0; i < min(PIECES - first, 32); ++i) {
