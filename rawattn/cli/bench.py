@@ -439,7 +439,7 @@ def child_seconds(code: str, arguments: str, cache: str) -> float:
     environment = os.environ | {"PYTHONPATH": path, "RAWATTN_CACHE_DIR": cache, "CUDA_CACHE_DISABLE": "1", "RAWATTN_NO_JIT": ""}
     result = subprocess.run([sys.executable, "-c", code, arguments], env=environment, capture_output=True, text=True)
     if result.returncode:
-        raise click.ClickException(f"a process with an own cache failed: {(result.stderr.strip() or 'no output').splitlines()[-1]}")
+        raise click.ClickException(f"a process of its own failed: {(result.stderr.strip() or 'no output').splitlines()[-1]}")
     return float(result.stdout)
 
 
@@ -545,5 +545,5 @@ def _write(report: dict[str, Any], outputs: Outputs) -> None:
         writer = csv.DictWriter(outputs.csv, fieldnames=[*dict.fromkeys(key for row in rows for key in row)])
         writer.writeheader()
         writer.writerows(rows)
-    if outputs.plot and rows:
+    if outputs.plot and any("us" in row for row in rows):
         plots.save(plots.benchmark(report), outputs.plot)

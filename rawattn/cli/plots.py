@@ -31,7 +31,7 @@ def check(path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure; the same figure gives the same bytes as .svg. An .html page holds the .svg."""
+    """Write the figure; the same run gives the same bytes of .svg. An .html page holds the .svg."""
     import matplotlib
 
     metadata = {"Date": None} if path.suffix != ".png" else None
@@ -55,9 +55,7 @@ def benchmark(report: dict[str, Any]) -> Any:
     """A figure of a report of `rawattn bench`."""
     if report["benchmark"] in ("overhead", "coldstart"):
         return _times(report)
-    cases = [case for case in report["cases"] if "us" in case["rawattn"]]
-    if not cases:
-        raise ValueError(f"no shape of the {report['benchmark']} benchmark was measured, so there is nothing to draw")
+    cases = [case for case in report["cases"] if any("us" in x for x in case.values() if isinstance(x, dict))]
     names = implementations(cases)
     figure, (left, right) = _figure(1, 2, width=max(12.0, 5 + 0.12 * len(cases) * (len(names) + 2)), height=5.5)
     _bars(left, cases, names, [case["shape"].partition(" ")[2] for case in cases], rotation=90)
@@ -67,7 +65,7 @@ def benchmark(report: dict[str, Any]) -> Any:
     if ceiling:
         left.axhline(ceiling, color="black", linewidth=0.8, linestyle="--", label="ceiling")
     left.set_ylabel(UNITS[unit])
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=len(names) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _roofline(right, cases, names, ceilings)
     figure.suptitle(f"{report['benchmark']} on {report['machine']['gpu']['name']}, {report['date'][:10]}")
     return figure
