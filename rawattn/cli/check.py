@@ -378,12 +378,12 @@ def check(context: click.Context, scenarios: tuple[str, ...], seed: int, json_fi
     chosen = [(i, name) for i, name in enumerate(every) if name in (scenarios or every)]
     trials = [Trial(name, dtype, on_gpu, (seed, i, j)) for i, name in chosen for j, dtype in enumerate(DTYPES)]
     for done, trial in enumerate(trials):
-        _progress(f"{done}/{len(trials)} {trial.scenario} {trial.dtype}")
+        progress(f"{done}/{len(trials)} {trial.scenario} {trial.dtype}")
         try:
             every[trial.scenario](trial)
         except Exception as error:  # one broken scenario must not hide the others
             trial.broken.append(f"{type(error).__name__}: {error}")
-    _progress("")
+    progress("")
 
     _print_table(trials)
     seconds = time.perf_counter() - start
@@ -395,7 +395,7 @@ def check(context: click.Context, scenarios: tuple[str, ...], seed: int, json_fi
     context.exit(0 if passed else 1)
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
