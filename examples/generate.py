@@ -87,7 +87,8 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, on_gp
             start = time.perf_counter()  # the first step compiles
     seconds = time.perf_counter() - start
     rate = (len(answer) - 1) / seconds if len(answer) > 1 else 0.0
-    click.echo(f"\n\n{path.name}: {len(tokens)} tokens of prompt, {len(answer)} of answer, {rate:.0f} tokens/s", err=True)
+    click.echo()
+    click.echo(f"{path.name}: {len(tokens)} tokens of prompt, {len(answer)} of answer, {rate:.0f} tokens/s", err=True)
     return {"model": path.name, "prompt": prompt, "answer": text, "tokens": len(answer), "tokens_per_second": rate, "on_gpu": on_gpu}
 
 

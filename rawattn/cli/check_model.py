@@ -18,7 +18,9 @@ from rawattn.llama.tokenizer import Tokenizer
 from rawattn.llama.weights import open_checkpoint
 
 NEW_TOKENS = 32  # of each answer
-LOGITS_LIMIT = 1.02  # of the error that fp16 costs: two fp16 runs that round differently differ by less, and a wrong attention by far more
+# Two fp16 runs that round differently have errors that differ by chance: with the kernel's roundings simulated in NumPy the error was 1.002
+# times that of the reference attention over the text, and 0.985 to 1.023 times over its quarters.
+LOGITS_LIMIT = 1.03
 PERPLEXITY_LIMIT = 1e-3
 BATCH_LENGTHS = (1, 17, 64, 129, 300, 511, 900)  # tokens of the text in the caches of the batch
 BATCH_STEPS = 8
@@ -150,7 +152,8 @@ class _Alone:
     def attention_with_kvcache(self, q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, *, cache_seqlens: Any, **options: Any) -> Any:
         rows = [slice(b, b + 1) for b in range(len(q))]
         alone = [  # these append the same rows to the same places as the call for all
-            rawattn.attention_with_kvcache(q[b], k_cache[b], v_cache[b], k[b], v[b], cache_seqlens=cache_seqlens[b], **options) for b in rows
+            rawattn.attention_with_kvcache(q[b], k_cache[b], v_cache[b], k[b], v[b], cache_seqlens=cache_seqlens[b], **options)
+            for b in rows
         ]
         out = rawattn.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
         for b, row in zip(rows, alone, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") valid
 import numpy as np
 
+from rawattn import reference
 from rawattn.compiler import UnsupportedEnvironment
 
 WORKSPACE = 32 << 20  # bytes; what cuBLAS asks for on Hopper
@@ -51,12 +52,7 @@ class NumpyOps:
 
         Pairs are (0, 1), (2, 3), ... if interleaved, else (0, D / 2), (1, D / 2 + 1), ...
         """
-        first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(None, len(cos[0])), slice(len(cos[0]), None))
-        a, b = x[..., first].astype(np.float32), x[..., second].astype(np.float32)
-        c, s = (table[positions, None].astype(np.float32) for table in (cos, sin))
-        out = np.empty(x.shape, self.dtype)
-        out[..., first], out[..., second] = a * c - b * s, a * s + b * c
-        return out
+        return reference.rotate(x, cos, sin, positions, interleaved)
 
     def swiglu(self, gate_up: Any) -> Any:
         """silu(gate) * up of gate_up (N, 2 columns), whose halves they are (Shazeer 2020, arXiv:2002.05202)."""
