@@ -15,15 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_support
 import numpy as np
 import pytest
-
-import rawattn
-from rawattn import compiler, reference
-from rawattn.spec import KernelSpec
-from rawattn.tiles import tile_for
-from tests import gpu_support
-from tests.gpu_support import (
+from gpu_support import (
     DTYPES,
     ENOUGH_ELEMENTS,
     LAYOUTS,
@@ -41,6 +36,11 @@ from tests.gpu_support import (
     torch_on_gpu,
     untouched_outside,
 )
+
+import rawattn
+from rawattn import compiler, reference
+from rawattn.spec import KernelSpec
+from rawattn.tiles import tile_for
 
 cp = pytest.importorskip("cupy")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import gpu_support
 import numpy as np
 import pytest
+from gpu_support import ENOUGH_ELEMENTS, assert_close, assert_lse_close, normal, poisoned, same_bits, strides_of, torch_on_gpu
 
 import rawattn
 from rawattn import reference
-from tests import gpu_support
-from tests.gpu_support import ENOUGH_ELEMENTS, assert_close, assert_lse_close, normal, poisoned, same_bits, strides_of, torch_on_gpu
 
 cp = pytest.importorskip("cupy")
 
