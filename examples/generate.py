@@ -68,7 +68,8 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, on_gp
     tokens = tokenizer.chat(prompt)
     decoder = Decoder(model, model.new_cache(1, len(tokens) + max_tokens))
     rng = np.random.default_rng()
-    text_of, answer, text = tokenizer.stream(), [], ""
+    text_of, text = tokenizer.stream(), ""
+    answer: list[int] = []
     decoder.start(0, tokens)
     start = time.perf_counter()
     while len(answer) < max_tokens:
@@ -109,9 +110,9 @@ def measure(shape: str) -> dict[str, Any]:
     click.echo(f"{shape}, bfloat16, random weights; attention's share is what the time falls by when it is left out")
     report: dict[str, Any] = {"shape": shape, "dtype": "bfloat16", "prefill": [], "decode": []}
 
-    def add(kind: str, title: str, tokens: int, milliseconds: dict[str, float], **facts: int) -> None:
+    def add(kind: str, title: str, processed: int, milliseconds: dict[str, float], **facts: int) -> None:
         whole, share = milliseconds["whole"], 1 - milliseconds["rest"] / milliseconds["whole"]
-        rate = tokens / whole * 1e3
+        rate = processed / whole * 1e3
         click.echo(f"{title:<40} {whole:9.3f} ms {rate:10.0f} tokens/s, attention {share:6.1%}")
         report[kind].append({**facts, "milliseconds": whole, "tokens_per_second": rate, "attention_share": share})
 

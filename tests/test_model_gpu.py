@@ -1,4 +1,4 @@
-"""The model around attention on a GPU: its elementwise kernels and products, its graph, the real model, and attention on real activations."""
+"""The model around attention on a GPU: its kernels and products, its graph, the real model, and attention on real activations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_llama import IDS, write_gguf
 
 import rawattn
 from rawattn.cli import check_model
@@ -13,8 +14,6 @@ from rawattn.cli.check import judge
 from rawattn.llama.model import Decoder, Llama
 from rawattn.llama.ops import CupyOps, NumpyOps
 from rawattn.llama.weights import installed_model, open_checkpoint
-
-from .test_llama import IDS, write_gguf
 
 cp = pytest.importorskip("cupy")
 

@@ -94,8 +94,8 @@ class Cache:
 class Llama:
     """A model of `config` and `weights`, computed by `ops` in its dtype.
 
-    attention: what has attention(), for prompts, and attention_with_kvcache(), for next tokens: rawattn by default. rawattn.reference, which
-        takes float32 too, has the first.
+    attention: where attention(), for prompts, and attention_with_kvcache(), for next tokens, come from: rawattn by default. For prompts
+        rawattn.reference does too, which takes float32.
     """
 
     def __init__(self, config: Config, weights: Weights, ops: NumpyOps | CupyOps, attention: Any = rawattn):
@@ -178,7 +178,7 @@ class Llama:
 
 
 class Decoder:
-    """Greedy steps over one cache: tokens (B,) int32 go in, are appended, and become the likeliest next ones; logits are those of the last step.
+    """Greedy steps over one cache: tokens (B,) int32 are appended to it, and become the likeliest next ones by logits (B, vocabulary).
 
     On a GPU a step is one CUDA graph, captured at the first, so that whatever is written into tokens, cache.lengths or the cache between
     steps counts in the next.

@@ -1,7 +1,7 @@
 """What a transformer computes beside attention, twice with the same methods: NumpyOps for the host and CupyOps for a GPU.
 
-Activations are (tokens, columns) arrays of the model's dtype. The residual stream is float32, for the outliers that trained models have in it
-can overflow float16; so are norm weights and logits. Sums are float32 everywhere.
+Activations are (tokens, columns) arrays of the model's dtype. The residual stream is float32, for the outliers that trained models have in
+it can overflow float16; so are norm weights and logits. Sums are float32 everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NumpyOps:
         return host.astype(self.dtype).astype(np.float32)
 
     def linear(self, x: Any, matrix: Any, *, bias: Any = None, dtype: Any = None, add_to: Any = None) -> Any:
-        """x (N, in) @ matrix.T (in, out), plus bias (out,): a new array of `dtype` (the model's by default), or added to add_to (N, out)."""
+        """x (N, in) @ matrix.T (in, out), plus bias (out,): a new array of `dtype`, the model's by default; or added to add_to."""
         product = x.astype(np.float32) @ matrix.T
         if add_to is not None:
             add_to += product
@@ -169,7 +169,7 @@ class _Gemm:
         self._call("cublasSetMathMode", self._handle, self._FULL_PRECISION_SUMS)
 
     def __call__(self, x: Any, matrix: Any, out: Any, add: bool) -> None:
-        """out (N, M) = x (N, K) @ matrix (M, K).T, or added to out; all contiguous. cuBLAS sees the transposes, for it counts columns first."""
+        """out (N, M) = x (N, K) @ matrix (M, K).T, or added to out; all contiguous. cuBLAS, which counts columns first, sees transposes."""
         (n, k), m = x.shape, len(matrix)
         for array in (x, matrix, out):
             assert array.flags.c_contiguous
