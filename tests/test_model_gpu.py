@@ -47,11 +47,12 @@ def test_operations_are_those_of_numpy(dtype):
     tokens = np.array([3, 39, 0], np.int32)
     close(device.embed(of_device[1], cp.asarray(tokens)), host.embed(of_host[1], tokens))
 
-    heads = rng.standard_normal((5, 7, 16)).astype(host.dtype)[:, 2:5]  # a slice, as of a packed qkv
+    packed = rng.standard_normal((5, 7, 16)).astype(host.dtype)
+    heads = packed[:, 2:5]
     angles = np.outer(np.arange(50), 10.0 ** -np.arange(8))
     cos, sin = np.cos(angles).astype(host.dtype), np.sin(angles).astype(host.dtype)
     positions = np.array([0, 49, 7, 7, 30], np.int32)
-    on_device = cp.asarray(np.ascontiguousarray(heads)), cp.asarray(positions), cp.asarray(cos), cp.asarray(sin)
+    on_device = cp.asarray(packed)[:, 2:5], cp.asarray(positions), cp.asarray(cos), cp.asarray(sin)
     for interleaved in (False, True):
         close(device.rotate(*on_device, interleaved), host.rotate(heads, positions, cos, sin, interleaved))
 

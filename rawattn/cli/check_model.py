@@ -92,7 +92,7 @@ def _text(ours: Llama, plain: Llama, exact: Llama, text: list[int], progress: Ca
     for name, model in (("exact", exact), ("plain", plain), ("ours", ours)):
         progress(f"the text of {len(text)} tokens: {name}")
         logits[name] = logits_of(model, text)
-        perplexities[name] = perplexity(logits[name], text)
+        perplexities[name] = perplexity(model.ops.xp, logits[name], text)
     error, limit = (relative_error(logits[name], logits["exact"]) for name in ("ours", "plain"))
     off = perplexities["ours"] / perplexities["exact"] - 1
     return [
@@ -195,14 +195,14 @@ def _batch(model: Llama, text: list[int], progress: Callable[[str], None]) -> Cl
     )
 
 
-def perplexity(logits: Any, tokens: list[int]) -> float:
+def perplexity(xp: Any, logits: Any, tokens: list[int]) -> float:
     """exp of the mean of -log p(token i + 1 | tokens to i), over logits (N, vocabulary) of tokens (N,)."""
     losses = []
     for i in range(0, len(tokens) - 1, 256):  # 256 rows in float64 at a time
         rows = logits[i : min(i + 256, len(tokens) - 1)].astype(np.float64)
         top = rows.max(axis=1)
-        chosen = rows[np.arange(len(rows)), tokens[i + 1 : i + 1 + len(rows)]]
-        losses.append(_to_host(top + np.log(np.exp(rows - top[:, None]).sum(axis=1)) - chosen))
+        chosen = rows[xp.arange(len(rows)), xp.asarray(tokens[i + 1 : i + 1 + len(rows)])]
+        losses.append(_to_host(top + xp.log(xp.exp(rows - top[:, None]).sum(axis=1)) - chosen))
     return math.exp(np.concatenate(losses).mean())
 
 
