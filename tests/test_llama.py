@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -282,7 +283,10 @@ def test_check_refuses_what_is_no_model(tmp_path):
 
 def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    )
 
 
 def test_the_example_says_that_it_is_slow_and_goes_on(tmp_path):
