@@ -387,12 +387,12 @@ def check(context: click.Context, scenarios: tuple[str, ...], model_file: Path |
 
     if model_file:
         try:
-            claims = check_model(model_file, on_gpu, _progress)
+            claims = check_model(model_file, on_gpu, progress)
         except ModuleNotFoundError as error:
             raise click.ClickException(f"{error}; pip install 'rawattn[examples]'") from error
         except (FileNotFoundError, ValueError) as error:
             raise click.ClickException(str(error)) from error
-        _progress("")
+        progress("")
         for claim in claims:
             click.echo(f"{'pass' if claim.holds else 'FAIL'}  {claim.name:<14} {claim.text}")
         passed, seconds = all(claim.holds for claim in claims), time.perf_counter() - start
