@@ -15,7 +15,7 @@ from .arrays import Array
 from .checks import UNBOUNDED, Window
 from .compiler import check_gpu, current_device
 from .spec import KernelSpec
-from .tiles import split_rows
+from .tiles import is_short, split_rows
 
 PLANS_KEPT = 4096
 FEW_QUERIES = 4  # attention() splits the keys where there are so many times as many of them as queries
@@ -306,6 +306,7 @@ class _AttentionCall(_Call):
         if not self.varlen and FEW_QUERIES * q.shape[1] <= k.shape[1]:
             split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], q.shape[1])
             self.spec = replace(self.spec, varlen=split > 0, split_rows=split)
+        self.spec = replace(self.spec, short=is_short(self.spec, q.shape[1]))
         self.bottom_right = causal != "top-left"
 
     def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ class KernelSpec:
     varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
     split_rows: where keys are split among CTAs, the rows of a tile (64 or 128), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
+    short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class KernelSpec:
     varlen: bool = False
     split_rows: int = 0
     page_rows: int = 0
+    short: bool = False
 
     main_file: ClassVar[str] = "attention_forward.cu"
 
@@ -77,4 +79,5 @@ class KernelSpec:
         parts += [f"gqa{self.gqa_ratio}", self.mask] + (["varlen"] if self.varlen else [])
         parts += [f"split{self.split_rows}"] if self.split_rows else []
         parts += [f"page{self.page_rows}"] if self.page_rows else []
+        parts += ["short"] if self.short else []
         return "_".join(parts)

@@ -83,6 +83,9 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
     ),
     (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
+# A block has as many keys as in the first row, and the diagonal falls as it does there: the bits are the same.
+SHORT_QUERIES = 1024
+SHORT_TILE = Tile(128, 128, 2, 2, (40, 232), False, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
 
 # Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
 # Memory is the limit, so the rows fit the few queries, and as many bytes of K and V as shared memory holds are on the way.
@@ -110,6 +113,11 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
 )
 
 
+def is_short(spec: KernelSpec, rows_q: int) -> bool:
+    """Whether SHORT_TILE serves sequences of `rows_q` queries better than the first row of the table."""
+    return max(spec.head_dim, spec.head_dim_v) <= 64 and spec.mask != "window" and not spec.varlen and rows_q <= SHORT_QUERIES
+
+
 def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, rows_q: int | None) -> int:
     """KernelSpec.split_rows for sequences of `rows_q` queries, None if only the device knows; 0 where one has tiles enough without."""
     chunk = 128 if max(head_dim, head_dim_v) <= 128 else 64
@@ -127,6 +135,8 @@ def tile_for(spec: KernelSpec) -> Tile:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
                 return tile
+    if spec.short:
+        return SHORT_TILE
     for head_dim, head_dim_v, masks, tile in TABLE:
         if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.mask in masks:
             return tile
