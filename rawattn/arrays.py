@@ -104,7 +104,7 @@ def hand_back(array: Array, like: Array, inputs: Iterable[Array] = ()) -> Any:
 def current_stream(like: Array) -> Any:
     """The stream for work on `like`, as a CuPy stream: torch's current one of that device, or else CuPy's."""
     if like.framework == "torch":
-        return _foreign_stream(_torch_stream_pointer()(like.device), like.device)
+        return foreign_stream(torch_stream_pointer()(like.device), like.device)
     import cupy
 
     return cupy.cuda.get_current_stream(like.device)
@@ -252,7 +252,8 @@ def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...
 
 
 @functools.cache
-def _torch_stream_pointer() -> Callable[[int | None], int]:
+def torch_stream_pointer() -> Callable[[int | None], int]:
+    """The function that gives the handle of torch's current stream on a device."""
     import torch
 
     # torch's own generated code calls the private function: it spares building a Stream object.
@@ -260,7 +261,8 @@ def _torch_stream_pointer() -> Callable[[int | None], int]:
 
 
 @functools.cache
-def _foreign_stream(pointer: int, device: int | None) -> Any:
+def foreign_stream(pointer: int, device: int | None) -> Any:
+    """A stream that another framework made, as a CuPy stream."""
     import cupy
 
     return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))

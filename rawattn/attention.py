@@ -13,6 +13,7 @@ from . import arrays, reference
 from .arrays import Array
 from .compiler import check_gpu, current_device
 from .launch import Plan
+from .prepared import Launcher, Prepared, access
 from .spec import DTYPES, KernelSpec
 
 UNBOUNDED = 1 << 30  # a window this wide hides nothing; positions stay within int32
@@ -64,7 +65,77 @@ def attention(
     >>> rawattn.attention(q, k, v, causal=True).shape
     (1, 4, 8, 64)
     """
-    return _attend({"q": q, "k": k, "v": v}, causal, window, scale, out, return_lse)
+    inputs = {"q": q, "k": k, "v": v}
+    fast = access(kind := type(q))
+    if fast is None or type(k) is not kind or type(v) is not kind or not (out is None or type(out) is kind):
+        return _attend(inputs, causal, window, scale, out, return_lse)
+    q_pointer, q_geometry = fast.read(q)
+    k_pointer, k_geometry = fast.read(k)
+    v_pointer, v_geometry = fast.read(v)
+    # With its types, or 1 would pass for True once True has been found right.
+    options = (causal, type(causal), None if window is None else str(window), scale, return_lse)
+    key = (kind, q_geometry, k_geometry, v_geometry, None if out is None else fast.read(out)[1], options)
+    launchers = _local.__dict__.setdefault("launchers", {})
+    launcher = launchers.get(key)
+    if launcher is not None:
+        result = launcher(q, q_pointer, k_pointer, v_pointer, out)
+        if result is not None:
+            return result
+    call, views = _checked_call(inputs, causal, window, scale, out, return_lse)
+    result = call(views, causal, window, return_lse)
+    if call.plan is not None:
+        if len(launchers) >= PLANS_KEPT:
+            launchers.clear()
+        launchers[key] = Launcher(fast, call.plan, views["q"], call.out_shape, call.lse_shape if return_lse else None)
+    return result
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Prepared:
+    """attention() with its checks made now: `op = prepare(q, k, v, causal=True)`, then `op(q, k, v, out=out)` as often as wanted.
+
+    Args:
+        q, k, v, causal, window, scale, return_lse: as for attention(). The arrays are examples: neither read nor kept.
+
+    Returns:
+        op(q, k, v, *, out=None), for any arrays with the shapes, strides, dtypes, framework and device of the examples; out is contiguous.
+        It compares these, looks whether addresses are multiples of 16 bytes, and encodes a tensor map anew only where an address
+        changed. What differs is a ValueError. Threads may share it.
+
+    Raises:
+        As attention(). On a GPU the kernel is compiled and loaded here, not at the first call.
+
+    >>> import numpy as np, rawattn
+    >>> q = k = v = np.ones((1, 4, 8, 64), np.float16)
+    >>> op = rawattn.prepare(q, k, v, causal=True)
+    >>> op(q, k, v).shape
+    (1, 4, 8, 64)
+    >>> op(q, k[:, :3], v)
+    Traceback (most recent call last):
+    ValueError: k has shape (1, 3, 8, 64); needed: (1, 4, 8, 64), as prepared
+    """
+    options = {"causal": causal, "window": window, "scale": scale, "return_lse": return_lse}
+    views = {name: arrays.view(name, x) for name, x in {"q": q, "k": k, "v": v}.items()}
+    call = _Call(views, *_checked_options(causal, window, scale))
+    if call.device is not None:
+        _check_device(call.device)
+    views["out"] = arrays.empty(views["q"], call.out_shape, views["q"].dtype)
+    launcher, fast = None, access(type(q))
+    if fast is not None and call.device is not None and not any(0 in a.shape for a in views.values()):
+        import cupy
+
+        with cupy.cuda.Device(call.device):
+            plan = call.make_plan(views, views["out"])
+        launcher = Launcher(fast, plan, views["q"], call.out_shape, call.lse_shape if return_lse else None)
+    return Prepared(views, options, launcher, attention)
 
 
 def attention_varlen(
@@ -110,26 +181,27 @@ _local = threading.local()  # plans fill their argument block in place, so each 
 
 
 def _attend(inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool) -> Any:
+    call, views = _checked_call(inputs, causal, window, scale, out, return_lse)
+    return call(views, causal, window, return_lse)
+
+
+def _checked_call(
+    inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool
+) -> tuple[_Call, dict[str, Array]]:
     views = {name: arrays.view(name, x) for name, x in inputs.items()}
     if out is not None:
         views["out"] = arrays.view("out", out)
-    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
-        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
-    if window is not None:
-        window = _checked_window(window)
-    if scale is not None:
-        scale = _checked_scale(scale)
+    causal, window, scale = _checked_options(causal, window, scale)
     key = (causal, window, scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
     call = plans.get(key)
     if call is None:
         call = _Call(views, causal, window, scale)
-        if call.device is None:
-            return call.on_host(views, causal, window, return_lse)
-        if len(plans) >= PLANS_KEPT:
-            plans.clear()
-        plans[key] = call
-    return call.on_device(views, return_lse)
+        if call.device is not None:
+            if len(plans) >= PLANS_KEPT:
+                plans.clear()
+            plans[key] = call
+    return call, views
 
 
 class _Call:
@@ -155,6 +227,9 @@ class _Call:
         self.batch = views["cu_seqlens_q"].shape[0] - 1 if varlen else q.shape[0]
         self.plan: Plan | None = None
 
+    def __call__(self, views: dict[str, Array], causal: bool | str, window: Window | None, return_lse: bool) -> Any:
+        return self.on_host(views, causal, window, return_lse) if self.device is None else self.on_device(views, return_lse)
+
     def on_host(self, views: dict[str, Array], causal: bool | str, window: Window | None, return_lse: bool) -> Any:
         q = views["q"]
         inputs = [arrays.to_numpy(a) for name, a in views.items() if name != "out"]
@@ -173,35 +248,45 @@ class _Call:
         for name, array in views.items():
             if array.pointer % 16 and not name.startswith("cu_"):
                 raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
-        assert q.device is not None
         if self.plan is None:
-            current_device()  # says what is missing where there is no driver
-            check_gpu(q.device)
+            _check_device(q.device)
         out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
         lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
         import cupy
 
         stream = arrays.current_stream(q)
         if cupy.cuda.runtime.getDevice() == q.device:
-            self._launch(views, out, lse, stream)
+            self.launch(views, out, lse, stream)
         else:
             with cupy.cuda.Device(q.device):
-                self._launch(views, out, lse, stream)
+                self.launch(views, out, lse, stream)
         inputs = tuple(views.values())
         result = arrays.hand_back(out, q, inputs)
         return (result, arrays.hand_back(lse, q, inputs)) if lse is not None else result
 
-    def _launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+    def make_plan(self, views: dict[str, Array], out: Array) -> Plan:
+        """Compiles or loads the kernel. On the current device."""
+        arguments = views["q"], views["k"], views["v"], out, self.batch, self.left, self.right, self.bottom_right, self.scale
+        self.plan = Plan(self.spec, *arguments)
+        return self.plan
+
+    def launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        """On the current device, on `stream`."""
         q, k, v = views["q"], views["k"], views["v"]
         if 0 in out.shape:
             return
         if 0 in k.shape or self.batch == 0:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
-        if self.plan is None:
-            self.plan = Plan(self.spec, q, k, v, out, self.batch, self.left, self.right, self.bottom_right, self.scale)
+        plan = self.plan or self.make_plan(views, out)
         cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
-        self.plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
+        plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
+
+
+def _check_device(device: int | None) -> None:
+    current_device()  # says what is missing where there is no driver
+    assert device is not None
+    check_gpu(device)
 
 
 def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
@@ -274,6 +359,12 @@ def _check_strides(name: str, array: Array) -> None:
 def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
     if cu_seqlens[0] != 0 or (np.diff(cu_seqlens) < 0).any() or cu_seqlens[-1] > rows:
         raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
+
+
+def _checked_options(causal: bool | str, window: Window | None, scale: float | None) -> tuple[bool | str, Window | None, float | None]:
+    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
+        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
+    return causal, None if window is None else _checked_window(window), None if scale is None else _checked_scale(scale)
 
 
 def _checked_scale(scale: float) -> float:

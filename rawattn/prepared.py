@@ -1,0 +1,148 @@
+"""prepare(): the checks of attention() made once, for calls that cost the host little more than the launch.
+
+attention() itself keeps a Launcher for each geometry of CuPy arrays and torch tensors that it has met.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .launch import Plan
+
+
+class Access(NamedTuple):
+    """How to reach the arrays of one framework on GPUs, in as few Python operations as it takes."""
+
+    read: Callable[[Any], tuple[int, tuple]]  # address and geometry: arrays of equal geometry are laid out alike on one device
+    empty: Callable[[Any, tuple[int, ...], Any], Any]  # from an array on the same device, a shape and a dtype of the framework's
+    dtype: Callable[[str], Any]
+    stream: Callable[[int], Any]  # the current stream of a device
+
+
+NO_GEOMETRY: tuple[int, tuple] = (0, ())  # of what attention() refuses; nothing that it took has it
+
+
+@functools.cache
+def access(kind: type) -> Access | None:
+    """For arrays of exactly this type; None for those that attention() looks at in full each time: NumPy's, JAX's, subclasses, others."""
+    found = (kind.__module__.partition(".")[0], kind.__name__)
+    return _cupy_access() if found == ("cupy", "ndarray") else _torch_access() if found == ("torch", "Tensor") else None
+
+
+def _cupy_access() -> Access:
+    import cupy
+
+    ndarray, current_stream = cupy.ndarray, cupy.cuda.get_current_stream
+
+    def read(x: Any) -> tuple[int, tuple]:
+        memory = x.data
+        return memory.ptr, (x.shape, x.strides, x.dtype, memory.device_id)
+
+    def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        return ndarray(shape, dtype)
+
+    return Access(read, empty, np.dtype, current_stream)
+
+
+def _torch_access() -> Access:
+    import torch
+
+    grad_enabled, stream_pointer, streams = torch.is_grad_enabled, arrays.torch_stream_pointer(), arrays.foreign_stream
+
+    def read(x: Any) -> tuple[int, tuple]:
+        if x.requires_grad and grad_enabled():
+            return NO_GEOMETRY
+        try:
+            return x.data_ptr(), (x.shape, x.stride(), x.dtype, x.device)
+        except RuntimeError:  # sparse and nested tensors, tensors inside torch.func
+            return NO_GEOMETRY
+
+    def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        return like.new_empty(shape, dtype=dtype)
+
+    def stream(device: int) -> Any:
+        return streams(stream_pointer(device), device)
+
+    return Access(read, empty, functools.partial(getattr, torch), stream)
+
+
+class Launcher:
+    """Launches the plan of one geometry at addresses read from arrays of it. Keeps no array; not thread-safe, as the plan."""
+
+    def __init__(self, access: Access, plan: Plan, q: Array, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None):
+        import cupy
+
+        assert q.device is not None
+        self._read, self._empty, dtype, self._stream = access
+        self._plan, self._device = plan, q.device
+        self._out_shape, self._lse_shape = out_shape, lse_shape
+        self._dtype, self._float32 = dtype(q.dtype), dtype("float32")
+        self._current_device = cupy.cuda.runtime.getDevice if cupy.cuda.runtime.getDeviceCount() > 1 else None
+        self._switch = cupy.cuda.Device
+
+    def __call__(self, q: Any, q_pointer: int, k_pointer: int, v_pointer: int, out: Any) -> Any:
+        """out or (out, lse); None, and nothing launched, where an address is no multiple of 16 bytes."""
+        if self._current_device is not None and self._current_device() != self._device:
+            with self._switch(self._device):
+                return self(q, q_pointer, k_pointer, v_pointer, out)
+        if out is None:
+            out = self._empty(q, self._out_shape, self._dtype)
+        out_pointer = self._read(out)[0]
+        if (q_pointer | k_pointer | v_pointer | out_pointer) & 15:
+            return None
+        lse, lse_pointer = None, 0
+        if self._lse_shape is not None:
+            lse = self._empty(q, self._lse_shape, self._float32)
+            lse_pointer = self._read(lse)[0]
+        self._plan.launch(q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer, 0, 0, self._stream(self._device))
+        return out if lse is None else (out, lse)
+
+
+class Prepared:
+    """What prepare() returns: op(q, k, v, *, out=None), attention() for arrays laid out as those that were prepared. Threads may share it."""
+
+    def __init__(self, views: dict[str, Array], options: dict[str, Any], launcher: Launcher | None, attention: Callable[..., Any]):
+        q = views["q"]
+        self._kind = type(q.owner)
+        self._options, self._attention, self._launcher = options, attention, launcher
+        self._lock = threading.Lock()  # a plan's argument block is filled in place
+        self._layouts = {name: (a.framework, a.device, a.dtype, a.shape, a.strides) for name, a in views.items()}
+        found = access(self._kind)
+        self._read = found.read if found else None
+        self._geometries = [found.read(views[name].owner)[1] for name in views] if found else []
+
+    def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
+        """As attention(q, k, v, ..., out=out) with the arguments given to prepare().
+
+        Raises ValueError for q, k or v that differ from those prepared in shape, strides, dtype, framework or device, for an out that
+        is not a contiguous (B, Sq, Hq, Dv) beside them, and for an address that is not a multiple of 16 bytes. Nothing was launched then.
+        """
+        kind, launcher = self._kind, self._launcher
+        if launcher is not None and type(q) is kind and type(k) is kind and type(v) is kind and (out is None or type(out) is kind):
+            read = self._read
+            q_geometry, k_geometry, v_geometry, out_geometry = self._geometries
+            q_pointer, q_found = read(q)
+            k_pointer, k_found = read(k)
+            v_pointer, v_found = read(v)
+            if q_found == q_geometry and k_found == k_geometry and v_found == v_geometry and (out is None or read(out)[1] == out_geometry):
+                with self._lock:
+                    result = launcher(q, q_pointer, k_pointer, v_pointer, out)
+                if result is not None:
+                    return result
+        self._refuse_others({"q": q, "k": k, "v": v} | ({} if out is None else {"out": out}))
+        return self._attention(q, k, v, **self._options, out=out)
+
+    def _refuse_others(self, given: dict[str, Any]) -> None:
+        for name, x in given.items():
+            a, wanted = arrays.view(name, x), self._layouts[name]
+            found = (a.framework, a.device, a.dtype, a.shape, a.strides)
+            for what, value, expected in zip(("framework", "device", "dtype", "shape", "byte strides"), found, wanted, strict=True):
+                if value != expected:
+                    raise ValueError(f"{name} has {what} {value}; needed: {expected}, as prepared")
