@@ -73,7 +73,7 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
 
         torch_dtype = getattr(torch, dtype)
         x = torch.empty(shape, dtype=torch_dtype, device="cpu" if like.device is None else like.device)
-        return Array(x, "torch", x.data_ptr(), shape, _contiguous_strides(shape, torch_dtype.itemsize), dtype, like.device)
+        return Array(x, "torch", x.data_ptr(), shape, contiguous_strides(shape, torch_dtype.itemsize), dtype, like.device)
     if like.device is None:
         return _view_numpy("out", np.empty(shape, dtype))
     import cupy
@@ -247,7 +247,7 @@ def _dtype_name(dtype: np.dtype) -> str:
 
 
 @functools.lru_cache(1024)
-def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 

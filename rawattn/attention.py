@@ -124,9 +124,9 @@ def prepare(
     """
     options = {"causal": causal, "window": window, "scale": scale, "return_lse": return_lse}
     views = {name: arrays.view(name, x) for name, x in {"q": q, "k": k, "v": v}.items()}
-    call = _Call(views, *_checked_options(causal, window, scale))
+    call = Call(views, *checked_options(causal, window, scale))
     if call.device is not None:
-        _check_device(call.device)
+        call.check_device()
     views["out"] = arrays.empty(views["q"], call.out_shape, views["q"].dtype)
     launcher, fast = None, access(type(q))
     if fast is not None and call.device is not None and not any(0 in a.shape for a in views.values()):
@@ -187,16 +187,16 @@ def _attend(inputs: dict[str, Any], causal: bool | str, window: Window | None, s
 
 def _checked_call(
     inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool
-) -> tuple[_Call, dict[str, Array]]:
+) -> tuple[Call, dict[str, Array]]:
     views = {name: arrays.view(name, x) for name, x in inputs.items()}
     if out is not None:
         views["out"] = arrays.view("out", out)
-    causal, window, scale = _checked_options(causal, window, scale)
+    causal, window, scale = checked_options(causal, window, scale)
     key = (causal, window, scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
     call = plans.get(key)
     if call is None:
-        call = _Call(views, causal, window, scale)
+        call = Call(views, causal, window, scale)
         if call.device is not None:
             if len(plans) >= PLANS_KEPT:
                 plans.clear()
@@ -204,7 +204,7 @@ def _checked_call(
     return call, views
 
 
-class _Call:
+class Call:
     """A call whose arguments have been found right. It is kept for the next call on arrays of the same geometry, and keeps no array."""
 
     def __init__(self, views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None):
@@ -249,7 +249,7 @@ class _Call:
             if array.pointer % 16 and not name.startswith("cu_"):
                 raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
         if self.plan is None:
-            _check_device(q.device)
+            self.check_device()
         out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
         lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
         import cupy
@@ -263,6 +263,11 @@ class _Call:
         inputs = tuple(views.values())
         result = arrays.hand_back(out, q, inputs)
         return (result, arrays.hand_back(lse, q, inputs)) if lse is not None else result
+
+    def check_device(self) -> None:
+        current_device()  # says what is missing where there is no driver
+        assert self.device is not None
+        check_gpu(self.device)
 
     def make_plan(self, views: dict[str, Array], out: Array) -> Plan:
         """Compiles or loads the kernel. On the current device."""
@@ -281,12 +286,6 @@ class _Call:
         plan = self.plan or self.make_plan(views, out)
         cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
         plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
-
-
-def _check_device(device: int | None) -> None:
-    current_device()  # says what is missing where there is no driver
-    assert device is not None
-    check_gpu(device)
 
 
 def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
@@ -361,7 +360,7 @@ def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
         raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
 
 
-def _checked_options(causal: bool | str, window: Window | None, scale: float | None) -> tuple[bool | str, Window | None, float | None]:
+def checked_options(causal: bool | str, window: Window | None, scale: float | None) -> tuple[bool | str, Window | None, float | None]:
     if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
         raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
     return causal, None if window is None else _checked_window(window), None if scale is None else _checked_scale(scale)

@@ -106,7 +106,7 @@ class Launcher:
 
 
 class Prepared:
-    """What prepare() returns: op(q, k, v, *, out=None), attention() for arrays laid out as those that were prepared. Threads may share it."""
+    """What prepare() returns: op(q, k, v, *, out=None), attention() for arrays laid out as those prepared. Threads may share it."""
 
     def __init__(self, views: dict[str, Array], options: dict[str, Any], launcher: Launcher | None, attention: Callable[..., Any]):
         q = views["q"]
