@@ -29,11 +29,15 @@ class Access(NamedTuple):
 NO_GEOMETRY: tuple[int, tuple] = (0, ())  # of what attention() refuses; nothing that it took has it
 
 
-@functools.cache
+_accesses: dict[type, Access | None] = {}
+
+
 def access(kind: type) -> Access | None:
     """For arrays of exactly this type; None for those that attention() looks at in full each time: NumPy's, JAX's, subclasses, others."""
-    found = (kind.__module__.partition(".")[0], kind.__name__)
-    return _cupy_access() if found == ("cupy", "ndarray") else _torch_access() if found == ("torch", "Tensor") else None
+    if kind not in _accesses:
+        found = (kind.__module__.partition(".")[0], kind.__name__)
+        _accesses[kind] = _cupy_access() if found == ("cupy", "ndarray") else _torch_access() if found == ("torch", "Tensor") else None
+    return _accesses[kind]
 
 
 def _cupy_access() -> Access:
@@ -115,8 +119,8 @@ class Prepared:
         self._lock = threading.Lock()  # a plan's argument block is filled in place
         self._layouts = {name: (a.framework, a.device, a.dtype, a.shape, a.strides) for name, a in views.items()}
         found = access(self._kind)
-        self._read = found.read if found else None
-        self._geometries = [found.read(views[name].owner)[1] for name in views] if found else []
+        self._read: Any = found and found.read
+        self._geometries = [found.read(a.owner)[1] for a in views.values()] if found else []
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
         """As attention(q, k, v, ..., out=out) with the arguments given to prepare().

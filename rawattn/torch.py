@@ -57,7 +57,7 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """rawattn.attention_varlen() of torch tensors, as the ops rawattn::attention_varlen and rawattn::attention_varlen_lse where it is traced.
+    """rawattn.attention_varlen() of torch tensors, as the ops rawattn::attention_varlen(_lse) where it is traced.
 
     q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv), cu_seqlens (B + 1,) int32 -> out (Tq, Hq, Dv), or (out, lse (Hq, Tq) float32).
 
@@ -132,10 +132,13 @@ def flash_attention_forward(
     out: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[Any, ...]:
-    """aten::_flash_attention_forward: (B, S, H, D), or packed (T, H, D) with cum_seq_q and cum_seq_k -> output, LSE, two of RNG state, debug mask."""
+    """aten::_flash_attention_forward: (B, S, H, D), or packed (T, H, D) with cum_seq_q and cum_seq_k.
+
+    Returns output, LSE, and what a kernel with dropout would: two of RNG state and a debug mask.
+    """
     others |= {"dropout_p": dropout_p, "return_debug_mask": return_debug_mask, "seqused_k": seqused_k, "alibi_slopes": alibi_slopes}
     for name in ("dropout_p", "return_debug_mask", "seqused_k", "alibi_slopes", "block_table"):
-        if others.get(name) is not None and not isinstance(others[name], (bool, float)) or others.get(name):
+        if isinstance(others.get(name), torch.Tensor) or others.get(name):
             raise ValueError(f"{name} is given; rawattn has nothing for it: torch.nn.attention.restore_flash_attention_impl() has")
     options: dict[str, Any] = {
         "causal": is_causal,
@@ -163,7 +166,7 @@ def scaled_dot_product_flash_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """aten::_scaled_dot_product_flash_attention: (B, H, S, D), laid out in any order -> output laid out as query, LSE and what it returns else."""
+    """aten::_scaled_dot_product_flash_attention: (B, H, S, D), in any order of strides; the output is laid out as query is."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     sizes = q.shape[1], k.shape[1]
     out = torch.empty_like(query).transpose(1, 2)
