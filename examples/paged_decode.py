@@ -1,4 +1,4 @@
-"""A decoding loop over a paged key/value cache: each step appends one row of keys and values to each sequence and attends to all of its own.
+"""A decoding loop over a paged key/value cache: each step appends a row of keys and values to each sequence and attends to them all.
 
 python examples/paged_decode.py
 """
@@ -25,7 +25,7 @@ k_pages, v_pages = (xp.zeros((BATCH * PAGES_EACH, PAGE_SIZE, KV_HEADS, DIM), np.
 page_table = xp.asarray(rng.permutation(BATCH * PAGES_EACH).reshape(BATCH, PAGES_EACH).astype(np.int32))
 lengths = xp.asarray(np.array([0, 7], np.int32))  # what each sequence has already; the host never reads them
 
-for step in range(STEPS):
+for _ in range(STEPS):
     q, k, v = random(BATCH, 1, HEADS, DIM), random(BATCH, 1, KV_HEADS, DIM), random(BATCH, 1, KV_HEADS, DIM)
     out = rawattn.attention_with_kvcache(q, k_pages, v_pages, k, v, cache_seqlens=lengths, page_table=page_table)
     lengths += 1

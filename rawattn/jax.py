@@ -63,10 +63,13 @@ def _batched(options: Options) -> Any:
 
     @custom_vmap
     def call(q: Any, k: Any, v: Any) -> Any:
-        results = [jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)]
+        shapes = [jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)]
         if options[3]:
-            results.append(jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32))
-        results = buffer_callback(functools.partial(_run, options), results)(q, k, v)
+            shapes.append(jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32))
+        if 0 in q.shape or 0 in k.shape:  # nothing to compute, so nothing to call
+            results = [jnp.full(x.shape, value, x.dtype) for x, value in zip(shapes, (0, -jnp.inf), strict=False)]
+        else:
+            results = buffer_callback(functools.partial(_run, options), shapes)(q, k, v)
         return tuple(results) if options[3] else results[0]
 
     @call.def_vmap

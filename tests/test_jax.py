@@ -96,6 +96,12 @@ np.testing.assert_array_equal(np.asarray(out), np.asarray(rawattn.attention(q, k
     assert done.returncode == 0, done.stderr
 
 
+def test_no_keys(device: Any) -> None:
+    q, k, v = inputs(device)
+    out, lse = jax.jit(lambda *x: rj.attention(*x, return_lse=True))(q, k[:, :0], v[:, :0])
+    assert out.shape == (2, 5, 4, 24) and not out.any() and (lse == -np.inf).all() and lse.shape == (2, 4, 5)
+
+
 def test_errors_come_while_tracing() -> None:
     q, k, v = inputs(jax.devices("cpu")[0])
     for call in (rj.attention, jax.jit(rj.attention)):
