@@ -230,7 +230,10 @@ def _view_dlpack(name: str, x: Any, framework: str = "cupy") -> Array:
 
 
 def _refuse_tracer(name: str, x: Any) -> NoReturn:
-    raise TypeError(f"{name} is a JAX tracer; attention() works on concrete arrays: call it outside jax.jit, jax.vmap and jax.grad")
+    raise TypeError(
+        f"{name} is a JAX tracer; attention() works on concrete arrays: call it outside jax.jit, jax.vmap and jax.grad, or call "
+        "rawattn.jax.attention(), which jax.jit and jax.vmap take"
+    )
 
 
 def _refuse(name: str, x: Any) -> NoReturn:
