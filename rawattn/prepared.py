@@ -64,7 +64,7 @@ def _torch_access() -> Access:
         if x.requires_grad and grad_enabled():
             return NO_GEOMETRY
         try:
-            return x.data_ptr(), (x.shape, x.stride(), x.dtype, x.device)
+            return x.data_ptr(), (x.shape, x.stride(), x.dtype, x.get_device())
         except RuntimeError:  # sparse and nested tensors, tensors inside torch.func
             return NO_GEOMETRY
 
