@@ -43,7 +43,7 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any) -> dict[str, Callabl
     assert found is not None
     op = rawattn.prepare(q, k, v, causal=True)
     launcher: Any = op._launcher
-    plan, device = launcher._plan, launcher._device
+    plan, device = launcher.call.plan, launcher.device
     stream = found.stream(device)
     pointers = [found.read(x)[0] for x in (q, k, v, out)]
     copy = q + 0
@@ -51,8 +51,8 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any) -> dict[str, Callabl
 
     def with_q_moved_twice() -> None:
         assert copy is not None  # keeps its memory
-        plan.launch(moved, *pointers[1:], 0, 0, 0, stream)
-        plan.launch(*pointers, 0, 0, 0, stream)
+        plan.launch(stream, moved, *pointers[1:])
+        plan.launch(stream, *pointers)
 
     assert moved != pointers[0]
     key = tuple(found.read(x)[1] for x in (q, k, v))
@@ -66,7 +66,7 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any) -> dict[str, Callabl
         "  find their launcher": lambda: table.get(key),
         "  allocate the output": lambda: found.empty(q, out.shape, out.dtype),
         "  current stream": lambda: found.stream(device),
-        "  plan.launch": lambda: plan.launch(*pointers, 0, 0, 0, stream),
+        "  plan.launch": lambda: plan.launch(stream, *pointers),
         "  two plan.launch, q moved before each": with_q_moved_twice,
         "    of it CuPy and the driver": lambda: plan._kernel(
             plan._grid, plan._block, plan._arguments, shared_mem=plan._shared_memory, stream=stream

@@ -110,6 +110,13 @@ def current_stream(like: Array) -> Any:
     return cupy.cuda.get_current_stream(like.device)
 
 
+def is_capturing(stream: Any) -> bool:
+    """Whether work on the CuPy stream goes into a CUDA graph instead of running."""
+    import cupy
+
+    return bool(stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr))
+
+
 def as_cupy(array: Array) -> Any:
     """A CuPy array over the same GPU memory."""
     if array.framework != "torch":

@@ -1,26 +1,27 @@
-"""attention() and attention_varlen(): check -> spec -> kernel -> launch."""
+"""attention(), attention_varlen(), attention_with_kvcache() and prepare(): check -> spec -> kernel -> launch."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from . import arrays, reference
+from . import arrays, checks, launch, reference
 from .arrays import Array
+from .checks import UNBOUNDED, Window
 from .compiler import check_gpu, current_device
-from .launch import Plan
 from .prepared import Launcher, Prepared, access
-from .spec import DTYPES, KernelSpec
+from .spec import KernelSpec
+from .tiles import split_rows
 
-UNBOUNDED = 1 << 30  # a window this wide hides nothing; positions stay within int32
-LONGEST = (1 << 29) - 1
 PLANS_KEPT = 4096
-
-Window = tuple[int | None, int | None]
+FEW_QUERIES = 4  # attention() splits the keys where there are so many times as many of them as queries
+LENGTHS_MADE = 1024  # arrays for a cache_seqlens that is a number are made so many at a time
 
 
 def attention(
@@ -66,28 +67,9 @@ def attention(
     (1, 4, 8, 64)
     """
     inputs = {"q": q, "k": k, "v": v}
-    fast = access(kind := type(q))
-    if fast is None or type(k) is not kind or type(v) is not kind or not (out is None or type(out) is kind):
-        return _attend(inputs, causal, window, scale, out, return_lse)
-    q_pointer, q_geometry = fast.read(q)
-    k_pointer, k_geometry = fast.read(k)
-    v_pointer, v_geometry = fast.read(v)
-    # With its types, or 1 would pass for True once True has been found right.
-    options = (causal, type(causal), None if window is None else str(window), scale, return_lse)
-    key = (kind, q_geometry, k_geometry, v_geometry, None if out is None else fast.read(out)[1], options)
-    launchers = _local.__dict__.setdefault("launchers", {})
-    launcher = launchers.get(key)
-    if launcher is not None:
-        result = launcher(q, q_pointer, k_pointer, v_pointer, out)
-        if result is not None:
-            return result
-    call, views = _checked_call(inputs, causal, window, scale, out, return_lse)
-    result = call(views, causal, window, return_lse)
-    if call.plan is not None:
-        if len(launchers) >= PLANS_KEPT:
-            launchers.clear()
-        launchers[key] = Launcher(fast, call.plan, views["q"], call.out_shape, call.lse_shape if return_lse else None)
-    return result
+    if out is not None:
+        inputs["out"] = out
+    return _attend(AttentionCall, inputs, checks.checked_options(causal, window, scale), return_lse)
 
 
 def prepare(
@@ -123,19 +105,19 @@ def prepare(
     ValueError: k has shape (1, 3, 8, 64); needed: (1, 4, 8, 64), as prepared
     """
     options = {"causal": causal, "window": window, "scale": scale, "return_lse": return_lse}
-    views = {name: arrays.view(name, x) for name, x in {"q": q, "k": k, "v": v}.items()}
-    call = Call(views, *checked_options(causal, window, scale))
+    views = _views({"q": q, "k": k, "v": v})
+    call = AttentionCall(views, *checks.checked_options(causal, window, scale))
     if call.device is not None:
         call.check_device()
-    views["out"] = arrays.empty(views["q"], call.out_shape, views["q"].dtype)
+    out = arrays.empty(views["q"], call.out_shape, views["q"].dtype)
     launcher, fast = None, access(type(q))
-    if fast is not None and call.device is not None and not any(0 in a.shape for a in views.values()):
+    if fast is not None and call.device is not None and not any(0 in a.shape for a in (*views.values(), out)):
         import cupy
 
         with cupy.cuda.Device(call.device):
-            plan = call.make_plan(views, views["out"])
-        launcher = Launcher(fast, plan, views["q"], call.out_shape, call.lse_shape if return_lse else None)
-    return Prepared(views, options, launcher, attention)
+            call.make_plan(views, out)
+        launcher = Launcher(fast, call, views, return_lse)
+    return Prepared(views | {"out": out}, options, launcher, attention)
 
 
 def attention_varlen(
@@ -174,68 +156,166 @@ def attention_varlen(
     (7, 2, 64)
     """
     inputs = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return _attend(inputs, causal, window, scale, out, return_lse)
+    if out is not None:
+        inputs["out"] = out
+    return _attend(AttentionCall, inputs, checks.checked_options(causal, window, scale), return_lse)
 
 
+def attention_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    cache_seqlens: Any,
+    page_table: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    cu_seqlens_q: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    window: Window | None = None,
+    scale: float | None = None,
+    out: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """attention() of new queries to the keys in a cache, to which new keys may be appended first.
+
+    Args:
+        q: queries (B, Sq, Hq, D), or (Tq, Hq, D) of sequences packed one after the other, with cu_seqlens_q.
+        k_cache: keys (B, S_max, Hkv, D), or pages of them (pages, page_size, Hkv, D) with page_table; any page size from 1 up.
+        v_cache: values (B, S_max, Hkv, Dv), or pages of them, likewise.
+        k, v: rows to append, (B, Sq, Hkv, D) and (B, Sq, Hkv, Dv), or packed: as many as q has. They are written into k_cache and v_cache,
+            in place, from position cache_seqlens[b] on, and seen by the queries. Without them the cache is only read.
+        cache_seqlens: (B,) int32, how many keys each sequence has in the cache, without the new ones; or one int for all. An array on a GPU
+            is never read by the host, so that a captured CUDA graph replays with new lengths (page_table and the others below likewise).
+        page_table: (B, max_pages) int32: position p of sequence b is row p % page_size of page page_table[b, p // page_size]. Entries past
+            the pages that are used may be anything.
+        cache_batch_idx: (B,) int32, the row of the caches that each sequence has, b by default. Not with page_table.
+        cache_leftpad: (B,) int32, the position of each sequence's first key: those before it are not seen. Not with page_table.
+        cu_seqlens_q: (B + 1,) int32: sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q, k and v.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2) of q's dtype, contiguous, with at least as many positions as the cache holds;
+            rotary_dim is a multiple of 16 up to D. The first rotary_dim columns of new key i are rotated at position cache_seqlens[b] + i
+            before they are written, those of query i likewise (with neither causal nor window, all queries at cache_seqlens[b]); in
+            float32, rounded once. Needs k and v.
+        rotary_interleaved: rotate columns 0 and 1, 2 and 3, ... together, instead of column j and j + rotary_dim / 2.
+        causal: hides from query i of Sq the keys after i + Sk - Sq, where Sk counts the sequence's keys, the new ones included.
+        window, scale, out, return_lse: as for attention(); out is (B, Sq, Hq, Dv) or (Tq, Hq, Dv), the LSE (B, Hq, Sq) or (Hq, Tq).
+
+    Returns:
+        out, or (out, lse), of the kind that q is. A query that sees no key has output 0 and LSE -inf.
+
+    Raises:
+        As attention(); nothing was written. What does not fit into the cache is refused where the host knows the lengths (an int, or arrays
+        in host memory); on a GPU, rows that do not fit are not written, and Sk ends with the capacity.
+
+    The arguments are those of FlashAttention-3's flash_attn_with_kvcache, except that
+        - causal is True and rotary_interleaved is False by default;
+        - window_size, softmax_scale and return_softmax_lse are called window, scale and return_lse, as in attention();
+        - cache_seqlens must be given; for a full cache it is its capacity;
+        - k and v have as many rows as q, so there is no cu_seqlens_k_new; max_seqlen_q, rotary_seqlens, scheduler_metadata, num_splits,
+          pack_gqa and sm_margin are not needed;
+        - qv, descales, attention_chunk and softcap are not there;
+        - rows past the capacity are not written, and a row's bits do not depend on the batch, the lengths in it, or the pages.
+
+    What attention() says of streams, graphs and bits holds here too. The host path writes appended rows into the caller's NumPy arrays or
+    CPU tensors; a JAX array cannot be written to, so caches of JAX are only read.
+
+    >>> import numpy as np, rawattn
+    >>> k_cache, v_cache = np.zeros((2, 16, 2, 64), np.float16), np.zeros((2, 16, 2, 64), np.float16)
+    >>> q, k, v = np.ones((2, 1, 8, 64), np.float16), np.ones((2, 1, 2, 64), np.float16), np.full((2, 1, 2, 64), 6, np.float16)
+    >>> lengths = np.array([0, 2], np.int32)
+    >>> rawattn.attention_with_kvcache(0 * q, k_cache, v_cache, k, v, cache_seqlens=lengths)[:, 0, 0, 0]
+    array([6., 2.], dtype=float16)
+    >>> v_cache[:, :4, 0, 0]
+    array([[6., 0., 0., 0.],
+           [0., 0., 6., 0.]], dtype=float16)
+    """
+    if not isinstance(causal, (bool, np.bool_)):
+        raise ValueError(f"causal is {causal!r}; needed: False or True")
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    optional = {
+        "k": k, "v": v, "page_table": page_table, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
+        "cu_seqlens_q": cu_seqlens_q, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "out": out,
+    }  # fmt: skip
+    given = {name: x for name, x in optional.items() if x is not None}
+    options = (*checks.checked_options(causal, window, scale), bool(rotary_interleaved))
+    if isinstance(cache_seqlens, (int, np.integer)) and not isinstance(cache_seqlens, bool):
+        views = _views(inputs | given)
+        call = _checked_call(CacheCall, views, options)
+        return call(call.with_length(views, cache_seqlens), return_lse)
+    return _attend(CacheCall, inputs | {"cache_seqlens": cache_seqlens} | given, options, return_lse)
+
+
+_lengths_made: dict[tuple[int, int, int], Any] = {}  # never emptied, for captured graphs read them
 _local = threading.local()  # plans fill their argument block in place, so each thread has its own
 
 
-def _attend(inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool) -> Any:
-    call, views = _checked_call(inputs, causal, window, scale, out, return_lse)
-    return call(views, causal, window, return_lse)
+def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, return_lse: bool) -> Any:
+    """The result of a call of that kind. Where arrays of this geometry have been found right before, it is launched at once."""
+    q = inputs["q"]
+    fast = access(type(q)) if len(set(map(type, inputs.values()))) == 1 else None
+    if fast is not None:
+        found = [fast.read(x) for x in inputs.values()]
+        key = (kind, type(q), options, return_lse, *inputs, *[geometry for _, geometry in found])
+        launchers = _local.__dict__.setdefault("launchers", {})
+        launcher = launchers.get(key)
+        if launcher is not None:
+            result = launcher(q, [pointer for pointer, _ in found], inputs.get("out"))
+            if result is not None:
+                return result
+    views = _views(inputs)
+    call = _checked_call(kind, views, options)
+    result = call(views, return_lse)
+    if fast is not None and call.plan is not None:
+        if len(launchers) >= PLANS_KEPT:
+            launchers.clear()
+        launchers[key] = Launcher(fast, call, views, return_lse)
+    return result
 
 
-def _checked_call(
-    inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool
-) -> tuple[Call, dict[str, Array]]:
-    views = {name: arrays.view(name, x) for name, x in inputs.items()}
-    if out is not None:
-        views["out"] = arrays.view("out", out)
-    causal, window, scale = checked_options(causal, window, scale)
-    key = (causal, window, scale, return_lse, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
+def _views(inputs: dict[str, Any]) -> dict[str, Array]:
+    return {name: arrays.view(name, x) for name, x in inputs.items()}
+
+
+def _checked_call(kind: Callable[..., Any], views: dict[str, Array], options: tuple) -> Any:
+    """The call of that kind on arrays of this geometry: one that was found right before, or else a new one."""
+    key = (kind, options, *views, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
     call = plans.get(key)
     if call is None:
-        call = Call(views, causal, window, scale)
+        call = kind(views, *options)
         if call.device is not None:
             if len(plans) >= PLANS_KEPT:
                 plans.clear()
             plans[key] = call
-    return call, views
+    return call
 
 
-class Call:
+class Call(ABC):
     """A call whose arguments have been found right. It is kept for the next call on arrays of the same geometry, and keeps no array."""
 
-    def __init__(self, views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None):
-        q, k, v = views["q"], views["k"], views["v"]
-        varlen = "cu_seqlens_q" in views
-        _check_arrays(views, varlen)
-        left, right = _window_bounds(causal, window)
-        if left < UNBOUNDED:
-            mask = "window"
-        elif right < UNBOUNDED:
-            mask = "causal"
-        else:
-            mask = "full"
-        self.device, self.varlen = q.device, varlen
-        self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], q.shape[-2] // k.shape[-2] if k.shape[-2] else 1, mask, varlen)
+    def __init__(self, q: Array, v: Array, batch: int, causal: bool | str, window: Window | None, scale: float | None):
+        packed = len(q.shape) == 3
+        self.device, self.batch = q.device, batch
         self.out_shape = (*q.shape[:-1], v.shape[-1])
-        self.lse_shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
-        self.left, self.right, self.bottom_right = left, right, causal != "top-left"
-        self.batch = views["cu_seqlens_q"].shape[0] - 1 if varlen else q.shape[0]
-        self.plan: Plan | None = None
+        self.lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+        self.left, self.right = checks.window_bounds(causal, window)
+        self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+        self.masks: dict[str, Any] = {"causal": causal, "window": window, "scale": self.scale}
+        self.plan: Any = None
 
-    def __call__(self, views: dict[str, Array], causal: bool | str, window: Window | None, return_lse: bool) -> Any:
-        return self.on_host(views, causal, window, return_lse) if self.device is None else self.on_device(views, return_lse)
+    def __call__(self, views: dict[str, Array], return_lse: bool) -> Any:
+        return self.on_host(views, return_lse) if self.device is None else self.on_device(views, return_lse)
 
-    def on_host(self, views: dict[str, Array], causal: bool | str, window: Window | None, return_lse: bool) -> Any:
+    def on_host(self, views: dict[str, Array], return_lse: bool) -> Any:
         q = views["q"]
-        inputs = [arrays.to_numpy(a) for name, a in views.items() if name != "out"]
-        compute = reference.attention_varlen if self.varlen else reference.attention
-        out, lse = compute(*inputs, causal=causal, window=window, scale=self.scale, return_lse=True)
-        out = out.astype(inputs[0].dtype)
+        inputs = {name: arrays.to_numpy(a) for name, a in views.items() if name != "out"}
+        out, lse = self._compute(inputs)
+        out = out.astype(inputs["q"].dtype)
         if "out" in views:
             np.copyto(arrays.to_numpy(views["out"]), out)
             result = views["out"].owner
@@ -246,149 +326,136 @@ class Call:
     def on_device(self, views: dict[str, Array], return_lse: bool) -> Any:
         q = views["q"]
         for name, array in views.items():
-            if array.pointer % 16 and not name.startswith("cu_"):
-                raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of 16 bytes")
+            alignment = 4 if array.dtype == "int32" else 16
+            if array.pointer % alignment:
+                raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of {alignment} bytes")
         if self.plan is None:
             self.check_device()
+        inputs = {name: a for name, a in views.items() if name != "out"}
         out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
         lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
         import cupy
 
         stream = arrays.current_stream(q)
         if cupy.cuda.runtime.getDevice() == q.device:
-            self.launch(views, out, lse, stream)
+            self.launch(inputs, out, lse, stream)
         else:
             with cupy.cuda.Device(q.device):
-                self.launch(views, out, lse, stream)
-        inputs = tuple(views.values())
-        result = arrays.hand_back(out, q, inputs)
-        return (result, arrays.hand_back(lse, q, inputs)) if lse is not None else result
+                self.launch(inputs, out, lse, stream)
+        read = tuple(inputs.values())
+        result = arrays.hand_back(out, q, read)
+        return (result, arrays.hand_back(lse, q, read)) if lse is not None else result
 
     def check_device(self) -> None:
         current_device()  # says what is missing where there is no driver
         assert self.device is not None
         check_gpu(self.device)
 
-    def make_plan(self, views: dict[str, Array], out: Array) -> Plan:
-        """Compiles or loads the kernel. On the current device."""
-        arguments = views["q"], views["k"], views["v"], out, self.batch, self.left, self.right, self.bottom_right, self.scale
-        self.plan = Plan(self.spec, *arguments)
-        return self.plan
+    @abstractmethod
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        """On the current device: the work, queued on `stream`."""
 
-    def launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        """On the current device, on `stream`."""
+    @abstractmethod
+    def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """On the host: out and LSE in float64."""
+
+
+class AttentionCall(Call):
+    def __init__(self, views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None):
         q, k, v = views["q"], views["k"], views["v"]
+        self.varlen = "cu_seqlens_q" in views
+        checks.check_attention(views, self.varlen)
+        super().__init__(q, v, checks.batch_of(views), causal, window, scale)
+        if self.left < UNBOUNDED:
+            mask = "window"
+        elif self.right < UNBOUNDED:
+            mask = "causal"
+        else:
+            mask = "full"
+        ratio = q.shape[-2] // k.shape[-2] if k.shape[-2] else 1
+        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, mask, self.varlen)
+        if not self.varlen and FEW_QUERIES * q.shape[1] <= k.shape[1]:
+            split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], q.shape[1])
+            self.spec = replace(self.spec, varlen=split > 0, split_rows=split)
+        self.bottom_right = causal != "top-left"
+
+    def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        compute = reference.attention_varlen if self.varlen else reference.attention
+        return compute(**inputs, **self.masks, return_lse=True)
+
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
         if 0 in out.shape:
             return
         if 0 in k.shape or self.batch == 0:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
-        plan = self.plan or self.make_plan(views, out)
-        cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
-        plan.launch(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k, stream)
+        if self.plan is None:
+            self.make_plan(inputs, out)
+        cu_q, cu_k = (inputs["cu_seqlens_q"].pointer, inputs["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
+        self.plan.launch(stream, q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k)
+
+    def make_plan(self, inputs: dict[str, Array], out: Array) -> None:
+        """Compiles or loads the kernel. On the current device."""
+        self.plan = launch.Plan(
+            self.spec, inputs["q"], inputs["k"], inputs["v"], out,
+            batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
+        )  # fmt: skip
 
 
-def _check_arrays(views: dict[str, Array], varlen: bool) -> None:
-    q, k, v = views["q"], views["k"], views["v"]
-    form = (
-        {"q": "(Tq, Hq, D)", "k": "(Tk, Hkv, D)", "v": "(Tk, Hkv, Dv)"}
-        if varlen
-        else {"q": "(B, Sq, Hq, D)", "k": "(B, Sk, Hkv, D)", "v": "(B, Sk, Hkv, Dv)"}
-    )
-    arrays.check_together(views)
-    for name, layout in form.items():
-        array = views[name]
-        if len(array.shape) != len(form["q"].split(",")):
-            raise ValueError(f"{name} has shape {array.shape}; needed: {layout}")
-        if array.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {array.dtype}; needed: {' or '.join(DTYPES)}")
-        if array.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {array.dtype}; needed: {q.dtype}, as q has")
-        if not (8 <= array.shape[-1] <= 256 and array.shape[-1] % 8 == 0):
-            raise ValueError(f"{name} has head_dim {array.shape[-1]}; needed: a multiple of 8 from 8 to 256")
-        if array.shape[-3] > LONGEST:
-            raise ValueError(f"{name} has {array.shape[-3]} rows; needed: at most {LONGEST}")
-        _check_strides(name, array)
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k has head_dim {k.shape[-1]}; needed: {q.shape[-1]}, as q has")
-    if v.shape[-3:-1] != k.shape[-3:-1]:
-        raise ValueError(f"v has {v.shape[-3]} rows of {v.shape[-2]} heads; needed: {k.shape[-3]} rows of {k.shape[-2]} heads, as k has")
-    if not varlen:
-        for name in ("k", "v"):
-            if views[name].shape[0] != q.shape[0]:
-                raise ValueError(f"{name} has batch {views[name].shape[0]}; needed: {q.shape[0]}, as q has")
-    if (k.shape[-2] == 0 and q.shape[-2] > 0) or (k.shape[-2] > 0 and q.shape[-2] % k.shape[-2]):
-        raise ValueError(f"q has {q.shape[-2]} heads and k has {k.shape[-2]}; needed: a multiple of k's heads in q")
-    for name in ("cu_seqlens_q", "cu_seqlens_k") if varlen else ():
-        array = views[name]
-        if array.dtype != "int32":
-            raise TypeError(f"{name} has dtype {array.dtype}; needed: int32")
-        if len(array.shape) != 1 or array.shape[0] < 1 or (array.shape[0] > 1 and array.strides[0] != 4):
-            raise ValueError(f"{name} has shape {array.shape} and byte strides {array.strides}; needed: (B + 1,), contiguous")
-        if array.shape != views["cu_seqlens_q"].shape:
-            raise ValueError(f"{name} has {array.shape[0]} entries; needed: {views['cu_seqlens_q'].shape[0]}, as cu_seqlens_q has")
-        if array.device is None:
-            _check_lengths(name, arrays.to_numpy(array), views["q" if name == "cu_seqlens_q" else "k"].shape[0])
-    if "out" in views:
-        out, shape = views["out"], (*q.shape[:-1], v.shape[-1])
-        if out.framework == "jax":
-            raise TypeError("out is a jax.Array, which nothing may write to; needed: no out")
-        if out.shape != shape:
-            raise ValueError(f"out has shape {out.shape}; needed: {shape}")
-        if out.dtype != q.dtype:
-            raise TypeError(f"out has dtype {out.dtype}; needed: {q.dtype}, as q has")
-        if out.framework == "numpy" and not out.owner.flags.writeable:
-            raise ValueError("out is read-only; needed: an array to write to")
-        _check_strides("out", out)
-        if 0 not in shape and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
-            raise ValueError(f"out has byte strides {out.strides}; needed: no two elements in one place")
+class CacheCall(Call):
+    def __init__(self, views: dict[str, Array], causal: bool, window: Window | None, scale: float | None, interleaved: bool):
+        checks.check_cache(views)
+        super().__init__(views["q"], views["v_cache"], checks.batch_of(views), causal, window, scale)
+        self.capacity = checks.capacity_of(views)
+        self.new_rows = views["q"].shape[1] if "k" in views and "cu_seqlens_q" not in views else 0
+        self.interleaved = interleaved
+
+    def with_length(self, views: dict[str, Array], length: int) -> dict[str, Array]:
+        """`views` with a cache_seqlens that says `length` for each sequence."""
+        length = checks.checked_length(length, self.new_rows, self.capacity)
+        return views | {"cache_seqlens": _equal_lengths(length, self.batch, views["q"])}
+
+    def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        checks.check_cache_contents(inputs)
+        result = reference.attention_with_kvcache(**inputs, **self.masks, rotary_interleaved=self.interleaved, return_lse=True)
+        if "k" in inputs:
+            written = {name: x for name, x in inputs.items() if name not in ("q", "cache_leftpad")}
+            reference.append_to_cache(**written, rotary_interleaved=self.interleaved)
+        return result
+
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        if 0 in out.shape:
+            return
+        if self.capacity == 0 or 0 in inputs["k_cache"].shape or self.batch == 0:
+            _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
+            return
+        if self.plan is None:
+            self.plan = launch.CachePlan(inputs, out, left=self.left, right=self.right, scale=self.scale, interleaved=self.interleaved)
+        self.plan.launch(inputs, out, lse, stream)
 
 
-def _check_strides(name: str, array: Array) -> None:
-    *outer, last = array.strides
-    if 0 in array.shape or array.device is None:
-        return
-    if last != 2 and array.shape[-1] > 1:
-        raise ValueError(f"{name} has a byte stride of {last} on its last axis; needed: 2, contiguous")
-    for size, stride in zip(array.shape[:-1], outer, strict=True):
-        if size > 1 and (stride % 16 or not 0 <= stride < 1 << 40):
-            raise ValueError(f"{name} has byte strides {array.strides}; needed: multiples of 16 from 0 to 2**40 on every axis but the last")
+def _equal_lengths(length: int, batch: int, q: Array) -> Array:
+    """(batch,) int32, each of them `length`, on the device of `q`."""
+    if q.device is None:
+        return arrays.view("cache_seqlens", np.full(batch, length, np.int32))
+    chunk, index = divmod(length, LENGTHS_MADE)
+    key = (chunk, batch, q.device)
+    made = _lengths_made.get(key)
+    if made is None:
+        current_device()
+        check_gpu(q.device)
+        if arrays.is_capturing(arrays.current_stream(q)):
+            raise ValueError(
+                f"cache_seqlens is {length} for the first time inside a CUDA graph; needed: an array, or a call before the capture"
+            )
+        import cupy
 
-
-def _check_lengths(name: str, cu_seqlens: np.ndarray, rows: int) -> None:
-    if cu_seqlens[0] != 0 or (np.diff(cu_seqlens) < 0).any() or cu_seqlens[-1] > rows:
-        raise ValueError(f"{name} is {cu_seqlens.tolist()}; needed: ascending from 0 to at most {rows}")
-
-
-def checked_options(causal: bool | str, window: Window | None, scale: float | None) -> tuple[bool | str, Window | None, float | None]:
-    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
-        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
-    return causal, None if window is None else _checked_window(window), None if scale is None else _checked_scale(scale)
-
-
-def _checked_scale(scale: float) -> float:
-    if not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise TypeError(f"scale is {scale!r}; needed: a finite number above 0")
-    if not 1e-37 <= scale <= 1e38:  # float32 holds it times log2(e); NaN fails
-        raise ValueError(f"scale is {scale!r}; needed: a finite number above 0 that float32 holds, from 1e-37 to 1e38")
-    return float(scale)
-
-
-def _checked_window(window: Window) -> Window:
-    if not isinstance(window, Sequence) or len(window) != 2:
-        raise ValueError(f"window is {window!r}; needed: (left, right)")
-    for side in window:
-        if side is not None and (not isinstance(side, (int, np.integer)) or side < -1):
-            raise ValueError(f"window is {window!r}; needed: two integers from 0 up, None or -1 for unbounded")
-    return window[0], window[1]
-
-
-def _window_bounds(causal: bool | str, window: Window | None) -> tuple[int, int]:
-    """Keys that a query sees to the left and to the right of its diagonal."""
-    bounds = [UNBOUNDED if side is None or side == -1 else min(int(side), UNBOUNDED) for side in window or (None, None)]
-    if causal:
-        bounds[1] = min(bounds[1], 0)
-    return bounds[0], bounds[1]
+        with cupy.cuda.Device(q.device):
+            lengths = np.arange(chunk * LENGTHS_MADE, (chunk + 1) * LENGTHS_MADE, dtype=np.int32)
+            made = _lengths_made[key] = cupy.asarray(np.repeat(lengths[:, None], batch, axis=1))
+            cupy.cuda.get_current_stream().synchronize()  # once, for whatever streams come to read it
+    return arrays.view("cache_seqlens", made[index])
 
 
 def _fill_without_keys(out: Array, lse: Array | None, stream: Any, wanted: bool) -> None:

@@ -15,16 +15,15 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .spec import KernelSpec
-from .tiles import CONTROL_BYTES, tile_for
+from .spec import AppendSpec, KernelSpec
+from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, tile_for
 
 CUDA_SRC = Path(__file__).parent / "cuda_src"
-MAIN_FILE = "attention_forward.cu"
-ENTRY_POINT = "attention_forward"
 ARCHITECTURE = "sm_90a"  # the "a" unlocks WGMMA and setmaxnreg; such a cubin runs on compute capability 9.0 alone
 OPTIONS = (
     f"-arch={ARCHITECTURE}",
@@ -61,12 +60,14 @@ class CompileReport:
 # ---- spec -> source
 
 
-def source(spec: KernelSpec) -> str:
+def source(spec: KernelSpec | AppendSpec) -> str:
     """The CUDA source of `spec`, self-contained: constants and WGMMA wrappers, then cuda_src with its includes inlined.
 
     >>> source(KernelSpec("bfloat16", 128, 128, 4, "causal")).splitlines()[0]
     'constexpr int HEAD_DIM = 128;'
     """
+    if isinstance(spec, AppendSpec):
+        return "\n".join([_constants({"BF16": spec.dtype == "bfloat16"}), _inlined(spec.main_file, set())])
     tile = tile_for(spec)
     producer_registers, consumer_registers = tile.registers
     constants: dict[str, int | bool] = {
@@ -79,9 +80,15 @@ def source(spec: KernelSpec) -> str:
         "STAGES": tile.stages,
         "CONTROL_BYTES": CONTROL_BYTES,
         "CONSUMER_WARPGROUPS": tile.consumer_warpgroups,
+        "CTAS_PER_SM": tile.ctas_per_sm,
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
         "PING_PONG": tile.ping_pong,
+        "PACK": spec.pack,
+        "SPLIT": spec.split_rows > 0,
+        "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
+        "MAX_SPLITS": MAX_SPLITS,
+        "PAGE_ROWS": spec.page_rows,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),
         "VARLEN": spec.varlen,
@@ -90,12 +97,16 @@ def source(spec: KernelSpec) -> str:
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
     return "\n".join(
         [
-            *(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items()),
+            _constants(constants),
             _wgmma("wgmma_scores", tile.tile_n, element, a_in_registers=False),
             _wgmma("wgmma_output", spec.head_dim_v, element, a_in_registers=True),
-            _inlined(MAIN_FILE, set()),
+            _inlined(spec.main_file, set()),
         ]
     )
+
+
+def _constants(constants: Mapping[str, int | bool]) -> str:
+    return "\n".join(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items())
 
 
 def _wgmma(name: str, n: int, element: str, a_in_registers: bool) -> str:
@@ -140,7 +151,7 @@ def _inlined(name: str, done: set[str]) -> str:
 # ---- source -> cubin
 
 
-def compile_cubin(spec: KernelSpec) -> tuple[bytes, CompileReport]:
+def compile_cubin(spec: KernelSpec | AppendSpec) -> tuple[bytes, CompileReport]:
     """Compile `spec` with NVRTC: the cubin and what the compiler said. No GPU, no cache.
 
     Raises UnsupportedEnvironment where CuPy or NVRTC is missing, CompileError where NVRTC refuses the source.
@@ -173,7 +184,7 @@ def _report(log: str, seconds: float) -> CompileReport:
     )
 
 
-def _compile_on_miss(spec: KernelSpec) -> bytes:
+def _compile_on_miss(spec: KernelSpec | AppendSpec) -> bytes:
     """compile_cubin under the user's switches, telling stderr what takes its time."""
     if _switch("RAWATTN_NO_JIT"):
         raise CompileError(
@@ -217,7 +228,7 @@ def cache_dir() -> Path:
         raise UnsupportedEnvironment("This user has no home folder to keep compiled kernels in: set RAWATTN_CACHE_DIR") from error
 
 
-def build(spec: KernelSpec) -> Path:
+def build(spec: KernelSpec | AppendSpec) -> Path:
     """The cubin of `spec` on disk, compiled if it is missing. Needs no GPU, so it can warm the cache of a machine image.
 
     Raises CompileError, or UnsupportedEnvironment where NVRTC is missing or the cache folder is unsafe or cannot be written.
@@ -228,7 +239,7 @@ def build(spec: KernelSpec) -> Path:
     return path
 
 
-def _cubin(spec: KernelSpec) -> bytes:
+def _cubin(spec: KernelSpec | AppendSpec) -> bytes:
     """The cubin of `spec`, from disk where it can be; a folder that cannot be written costs a warning, not the call."""
     path = _cache_path(spec)
     cubin = _read(path)
@@ -241,7 +252,7 @@ def _cubin(spec: KernelSpec) -> bytes:
     return cubin
 
 
-def _cache_path(spec: KernelSpec) -> Path:
+def _cache_path(spec: KernelSpec | AppendSpec) -> Path:
     folder = cache_dir()
     _check_folder(folder)
     return folder / f"{spec.name}.{_key(source(spec), OPTIONS, nvrtc_version())}.cubin"
@@ -300,7 +311,7 @@ def _write(path: Path, cubin: bytes) -> None:
         ) from error
 
 
-def is_cached(spec: KernelSpec) -> bool:
+def is_cached(spec: KernelSpec | AppendSpec) -> bool:
     """Whether `build` would find `spec` on disk. Raises UnsupportedEnvironment as it does."""
     return _read(_cache_path(spec)) is not None
 
@@ -343,7 +354,7 @@ def store(name: str, data: bytes) -> None:
 # ---- cubin -> kernel
 
 
-def load(spec: KernelSpec) -> Any:
+def load(spec: KernelSpec | AppendSpec) -> Any:
     """The kernel of `spec` on the current device, a cupy.cuda.function.Function ready for its dynamic shared memory.
 
     Call it as kernel(grid, block, args, shared_mem=tile_for(spec).shared_memory_bytes(spec)). A second call is a dictionary look-up.
@@ -353,7 +364,7 @@ def load(spec: KernelSpec) -> Any:
 
 
 @functools.cache
-def _load(spec: KernelSpec, device: int) -> Any:
+def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
     check_gpu(device)
     cupy = _cupy()
     driver, module = cupy.cuda.driver, cupy.cuda.function.Module()
@@ -368,8 +379,10 @@ def _load(spec: KernelSpec, device: int) -> Any:
             f"The NVIDIA driver knows CUDA {newest // 1000}.{newest % 1000 // 10} and cannot load a kernel of NVRTC "
             f"{'.'.join(map(str, nvrtc_version()))} ({error}): update the driver or install an NVRTC no newer than it"
         ) from error
-    kernel = module.get_function(ENTRY_POINT)
-    driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, tile_for(spec).shared_memory_bytes(spec))
+    kernel = module.get_function(Path(spec.main_file).stem)  # the entry point has the name of its file
+    if isinstance(spec, KernelSpec):
+        size = tile_for(spec).shared_memory_bytes(spec)
+        driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
     return kernel
 
 

@@ -19,9 +19,9 @@ from jax.experimental.buffer_callback import buffer_callback
 
 from rawattn import arrays
 from rawattn.arrays import Array
-from rawattn.attention import PLANS_KEPT, Call, checked_options
+from rawattn.attention import PLANS_KEPT, AttentionCall
+from rawattn.checks import Window, checked_options
 
-Window = tuple[int | None, int | None]
 Options = tuple[bool | str, Window | None, float | None, bool]
 
 
@@ -53,7 +53,7 @@ def attention(
             raise TypeError(f"{name} is a {type(x).__name__}; needed: a jax.Array")
     options = (*checked_options(causal, window, scale), bool(return_lse))
     views = {name: _abstract(x.shape, x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
-    Call(views, *options[:3])  # raises what is wrong
+    AttentionCall(views, *options[:3])  # raises what is wrong
     return _batched(options)(q, k, v)
 
 
@@ -103,7 +103,7 @@ def _run(options: Options, context: Any, outputs: Any, *inputs: Any) -> None:
         if call is None:
             if len(calls) >= PLANS_KEPT:
                 calls.clear()
-            call = calls[key] = Call(views, *options[:3])
+            call = calls[key] = AttentionCall(views, *options[:3])
             call.check_device()
         call.launch(views, out, lse[0] if lse else None, arrays.foreign_stream(context.stream, device))
 

@@ -8,71 +8,96 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from . import arrays
 from .arrays import Array
+from .checks import UNBOUNDED
 from .compiler import UnsupportedEnvironment, load
-from .spec import KernelSpec
-from .tiles import SLAB, tile_for
+from .spec import AppendSpec, KernelSpec
+from .tiles import MAX_SPLITS, SLAB, SPLITS_OF_A_SEQUENCE, split_rows, tile_for
 
 # struct Arguments of cuda_src/attention_forward.cu
+POINTERS = (
+    "out", "lse", "next_tile", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table",
+    "arrivals", "partial_out", "partial_state",
+)  # fmt: skip
 ARGUMENTS = np.dtype(
     {
-        "names": ["q_map", "k_map", "v_map", "pointers", "out_strides", "lse_batch_stride", "sizes", "mask_and_group", "scale_log2"],
-        "formats": ["V128", "V128", "V128", "5u8", "3i8", "i8", "4i4", "4i4", "f4"],
-        "offsets": [0, 128, 256, 384, 424, 448, 456, 472, 488],
-        "itemsize": 512,
+        "names": ["maps", *POINTERS, "out_strides", "lse_batch_stride", "page_table_stride", "sizes", "new_keys", "mask", "heads_per_group",
+                  "page_size", "partial_rows", "scale_log2"],
+        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "f4"],
+        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564],
+        "itemsize": 576,
     }
-)
+)  # fmt: skip
 # K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
 SHORT = 1024
+ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
-_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 0
+_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 3, 0
+
+
+@functools.cache
+def _driver(function: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL("libcuda.so.1"), function)
+    except (OSError, AttributeError) as error:
+        raise UnsupportedEnvironment(f"The NVIDIA driver has no {function} ({error}); install driver 525 or newer.") from None
 
 
 @functools.cache
 def _encode_tiled() -> Any:
-    try:
-        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    except (OSError, AttributeError) as error:
-        raise UnsupportedEnvironment(f"The NVIDIA driver has no cuTensorMapEncodeTiled ({error}); install driver 525 or newer.") from None
+    encode = _driver("cuTensorMapEncodeTiled")
     encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4]
     return encode
 
 
 class _TensorMap:
-    """Writes one tensor map into an argument block: 64-column, `box_rows`-row boxes of a (B, S, H, D) or packed (T, H, D) array.
+    """Writes one tensor map into an argument block: five dimensions, boxes of 64 columns."""
 
-    The map's dimensions are column, row, row offset, head, batch. A packed array's map ends at its last row, and begins as many rows
-    before its first as it has: the offset dimension slides it so that one sequence's end falls on the map's end, and TMA clips there.
-    """
-
-    def __init__(self, address: int, array: Array, box_rows: int):
-        *batch, rows, heads, columns = array.shape
-        *batch_stride, row_stride, head_stride, _ = array.strides
-        packed = not batch
-        if rows == 1:
-            row_stride = 16  # frameworks leave anything in a stride that is not used
-        offsets = rows + 1 if packed else 1
-        self.origin = -rows * row_stride if packed else 0
-        extents = (columns, rows, offsets, heads, 1 if packed else batch[0])
-        # The stride of a dimension of one element is never used, but must be a legal one.
-        strides = [
-            stride if extent > 1 else 16
-            for stride, extent in zip((row_stride, row_stride, head_stride, *(batch_stride or [16])), extents[1:], strict=True)
-        ]
+    def __init__(self, address: int, dtype: str, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], origin: int = 0):
+        self.origin = origin
+        # The stride of a dimension of one element is never used, but must be a legal one: frameworks leave anything there.
+        strides = tuple(stride if extent > 1 else 16 for stride, extent in zip(strides, extents[1:], strict=True))
         self._address = address
-        self._dtype = _TENSOR_MAP_DTYPE[array.dtype]
+        self._dtype = _TENSOR_MAP_DTYPE[dtype]
+        self._promotion = _L2_PROMOTION_256B if extents[0] > SLAB else _L2_PROMOTION_128B  # a row's next slab is asked for next
         self._extents = (ctypes.c_uint64 * 5)(*extents)
         self._strides = (ctypes.c_uint64 * 4)(*strides)
-        self._box = (ctypes.c_uint32 * 5)(SLAB, box_rows, 1, 1, 1)
+        self._box = (ctypes.c_uint32 * 5)(SLAB, *box)
         self._element_strides = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
         self._pointer: int | None = None
+
+    @classmethod
+    def of_rows(cls, address: int, array: Array, box_rows: int, slides: bool) -> _TensorMap:
+        """Boxes of `box_rows` rows of a (B, S, H, D) or packed (T, H, D) array: column, row, row offset, head, batch.
+
+        Where it `slides`, the map ends at the last row and begins as many rows before the first as there are: the offset dimension moves it
+        so that one sequence's end falls on the map's end, and TMA clips there.
+        """
+        *batch, rows, heads, columns = array.shape
+        *batch_stride, row_stride, head_stride, _ = array.strides
+        if rows == 1:
+            row_stride = 16  # the offset dimension has two elements, so it is used
+        extents = (columns, rows, rows + 1 if slides else 1, heads, *(batch or [1]))
+        strides = (row_stride, row_stride, head_stride, *(batch_stride or [16]))
+        return cls(address, array.dtype, extents, strides, (box_rows, 1, 1, 1), -rows * row_stride if slides else 0)
+
+    @classmethod
+    def of_packed_heads(cls, address: int, array: Array, pack: int, box_queries: int) -> _TensorMap:
+        """Boxes of the `pack` heads of `box_queries` rows of a (B, S, H, D) or packed (T, H, D) array: column, head, row, pack, batch."""
+        *batch, rows, heads, columns = array.shape
+        *batch_stride, row_stride, head_stride, _ = array.strides
+        extents = (columns, pack, rows, heads // pack, *(batch or [1]))
+        strides = (head_stride, row_stride, pack * head_stride, *(batch_stride or [16]))
+        return cls(address, array.dtype, extents, strides, (pack, box_queries, 1, 1))
 
     def point_to(self, pointer: int) -> None:
         """Encodes the map anew only where the pointer changed."""
@@ -80,7 +105,7 @@ class _TensorMap:
             return
         status = _encode_tiled()(
             self._address, self._dtype, 5, pointer + self.origin, self._extents, self._strides, self._box, self._element_strides,
-            _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZEROS,
+            _INTERLEAVE_NONE, _SWIZZLE_128B, self._promotion, _OUT_OF_BOUNDS_ZEROS,
         )  # fmt: skip
         if status != 0:
             raise RuntimeError(
@@ -135,27 +160,79 @@ def _tile_counters(device: int) -> _TileCounters:
     return _TileCounters()
 
 
+class _Workspaces:
+    """Where splits wait for the others of their tile, on one device: zeroed counters of arrivals, then the results.
+
+    Each stream has one, which grows, and so has each stream of each capture, since a captured graph may be replayed at any time. They are
+    never given back.
+    """
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._runtime = cupy.cuda.runtime
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._of_stream: dict[tuple[int, int], Any] = {}
+        self._outgrown: list[Any] = []
+
+    def address(self, stream: int, size: int) -> int:
+        if stream and self._runtime.streamIsCapturing(stream):
+            key = (stream, -_capture_id(stream))
+        else:
+            key = (stream, threading.get_ident() if stream == _TileCounters.PER_THREAD else 0)
+        memory = self._of_stream.get(key)
+        if memory is None or memory.size < size:
+            if memory is not None:
+                self._outgrown.append(memory)  # kernels on their way may use it
+            memory = self._of_stream[key] = self._allocate(size)
+        address: int = memory.ptr
+        return address
+
+    def _allocate(self, size: int) -> Any:
+        import cupy
+
+        # In relaxed mode, which is the calling thread's own, allocating does not break a capture.
+        mode = ctypes.c_int(self._runtime.streamCaptureModeRelaxed)
+        exchange = _driver("cuThreadExchangeStreamCaptureMode")
+        exchange(ctypes.byref(mode))
+        try:
+            memory = cupy.cuda.Memory(size)
+            self._runtime.memsetAsync(memory.ptr, 0, ARRIVALS_BYTES, self._stream.ptr)
+            self._stream.synchronize()
+        finally:
+            exchange(ctypes.byref(mode))
+        return memory
+
+
+def _capture_id(stream: int) -> int:
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    _driver("cuStreamGetCaptureInfo_v2")(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return number.value
+
+
+@functools.cache
+def _workspaces(device: int) -> _Workspaces:
+    return _Workspaces()
+
+
 class Plan:
-    """A compiled kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place."""
+    """A compiled attention kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place.
+
+    q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
+    Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
+    """
 
     def __init__(
-        self,
-        spec: KernelSpec,
-        q: Array,
-        k: Array,
-        v: Array,
-        out: Array,
-        batch: int,
-        left: int,
-        right: int,
-        bottom_right: bool,
-        scale: float,
-    ):
+        self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
+        batch: int, left: int, right: int, bottom_right: bool, scale: float,
+        capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0,
+    ):  # fmt: skip
         import cupy
 
         tile = tile_for(spec)
+        device = cupy.cuda.Device()
         self._kernel = load(spec)
-        self._counters = _tile_counters(cupy.cuda.runtime.getDevice())
+        self._counters = _tile_counters(device.id)
         self._shared_memory = tile.shared_memory_bytes(spec)
         self._block = (tile.threads,)
 
@@ -164,24 +241,33 @@ class Plan:
         start = -storage.ctypes.data % 128
         block = storage[start : start + ARGUMENTS.itemsize]
         self._arguments = (block.view(f"V{ARGUMENTS.itemsize}"),)  # CuPy passes a one-element NumPy array by value
-        self._pointers = block[384:424].view(np.uint64)
+        self._pointers = block[384:480].view(np.uint64)
         address = block.ctypes.data
+        ragged = len(q.shape) == 3
+        tile_rows = tile.tile_m // spec.pack * spec.pack
+        if spec.split_rows:
+            q_map = _TensorMap.of_packed_heads(address, q, spec.pack, tile_rows // spec.pack)
+        else:
+            q_map = _TensorMap.of_rows(address, q, tile.tile_m, slides=ragged)
+        box_rows = spec.page_rows or tile.tile_n
         self._maps = (
-            _TensorMap(address, q, tile.tile_m),
-            _TensorMap(address + 128, k, tile.tile_n),
-            _TensorMap(address + 256, v, tile.tile_n),
+            q_map,
+            _TensorMap.of_rows(address + 128, k, box_rows, slides=spec.varlen),
+            _TensorMap.of_rows(address + 256, v, box_rows, slides=spec.varlen),
         )
 
         rows_q, heads, _ = q.shape[-3:]
-        rows_k = k.shape[-3]
-        multiprocessors = cupy.cuda.Device().attributes["MultiProcessorCount"]
-        if spec.varlen:
-            tiles = (-(-rows_q // tile.tile_m) + batch) * heads  # an upper bound: the lengths are known on the device only
-        else:
-            tiles = -(-rows_q // tile.tile_m) * heads * batch
-        if tiles + multiprocessors >= 1 << 31:
-            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile.tile_m} rows; needed: fewer than 2**31")
-        self._grid = (min(multiprocessors, tiles),)
+        rows_k = k.shape[-3] if capacity is None else capacity
+        m_blocks = -(-rows_q * spec.pack // tile_rows)
+        # Where only the device knows the lengths, an upper bound.
+        tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
+        multiprocessors = device.attributes["MultiProcessorCount"]
+        places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
+        if places >= 1 << 31:
+            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
+        if spec.split_rows and batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
+            multiprocessors *= tile.ctas_per_sm  # fewer splits are better spread over as many SMs
+        self._grid = (min(multiprocessors, tiles * MAX_SPLITS if spec.split_rows else tiles),)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         heads_per_group = 1
@@ -190,18 +276,126 @@ class Plan:
             heads_per_group = max(1, budget // (2 * rows_k * (spec.head_dim + spec.head_dim_v))) * spec.gqa_ratio
 
         fields = block.view(ARGUMENTS)[0]
-        batch_stride = 0 if spec.varlen else out.strides[0]
-        fields["out_strides"] = (batch_stride, out.strides[-3], out.strides[-2])
-        fields["lse_batch_stride"] = 0 if spec.varlen else heads * rows_q
-        fields["sizes"] = (batch, heads, rows_q, rows_k)
-        fields["mask_and_group"] = (left, right, bottom_right, min(heads_per_group, batch * heads))
+        fields["out_strides"] = (0 if ragged else out.strides[0], out.strides[-3], out.strides[-2])
+        fields["lse_batch_stride"] = 0 if ragged else heads * rows_q
+        fields["page_table_stride"] = page_table_stride
+        fields["sizes"] = (batch, heads // spec.pack, rows_q, rows_k)
+        fields["new_keys"] = new_keys
+        fields["mask"] = (left, right, bottom_right)
+        fields["heads_per_group"] = min(heads_per_group, batch * heads)
+        fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
-    def launch(self, q: int, k: int, v: int, out: int, lse: int, cu_seqlens_q: int, cu_seqlens_k: int, stream: Any) -> None:
+        self._workspaces: _Workspaces | None = None
+        if spec.split_rows:
+            partial_rows = min(tile_rows, rows_q * spec.pack)
+            fields["partial_rows"] = partial_rows
+            states = multiprocessors * MAX_SPLITS * partial_rows
+            self._outs_offset = ARRIVALS_BYTES + 32 * states
+            self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
+            self._workspaces = _workspaces(device.id)
+
+    def launch(
+        self, stream: Any, q: int, k: int, v: int, out: int, lse: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0,
+        cache_seqlens: int = 0, cache_batch_idx: int = 0, cache_leftpad: int = 0, page_table: int = 0,
+    ) -> None:  # fmt: skip
         """Starts the kernel on `stream`; the arguments are device pointers, 0 for none."""
         q_map, k_map, v_map = self._maps
         q_map.point_to(q)
         k_map.point_to(k)
         v_map.point_to(v)
-        self._pointers[:] = (out, lse, self._counters.address(stream.ptr), cu_seqlens_q, cu_seqlens_k)
+        if self._workspaces is None:
+            next_tile, workspace = self._counters.address(stream.ptr), (0, 0, 0)
+        else:
+            arrivals = self._workspaces.address(stream.ptr, self._workspace_bytes)
+            next_tile, workspace = 0, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
+        self._pointers[:] = (
+            out, lse, next_tile, cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, *workspace,
+        )  # fmt: skip
         self._kernel(self._grid, self._block, self._arguments, shared_mem=self._shared_memory, stream=stream)
+
+
+# struct Rows and struct Arguments of cuda_src/append_kv.cu
+_APPEND_ROWS = ("q", "rotated_q", "k", "v", "k_cache", "v_cache")
+_APPEND_POINTERS = ("rotary_cos", "rotary_sin", "cu_seqlens_q", "cache_seqlens", "cache_batch_idx", "page_table")
+_APPEND_SIZES = (
+    "batch", "seqlen_q", "q_heads", "kv_heads", "head_dim", "head_dim_v", "capacity", "page_size", "rotary_dim", "max_position",
+    "interleaved", "query_advances",
+)  # fmt: skip
+APPEND_ARGUMENTS = np.dtype(
+    [
+        *((name, [("data", "u8"), ("strides", "3i8")]) for name in _APPEND_ROWS),
+        *((name, "u8") for name in _APPEND_POINTERS),
+        ("page_table_stride", "i8"),
+        *((name, "i4") for name in _APPEND_SIZES),
+    ]
+)
+APPEND_THREADS = 128
+
+
+class CachePlan:
+    """attention_with_kvcache on one geometry: the kernel that appends and rotates, where there are new keys, and then the attention.
+
+    `views` are the arrays that the call was given, by the names of its arguments.
+    """
+
+    def __init__(self, views: dict[str, Array], out: Array, *, left: int, right: int, scale: float, interleaved: bool):
+        q, k, v = views["q"], views["k_cache"], views["v_cache"]
+        page_table = views.get("page_table")
+        batch = views["cache_seqlens"].shape[0]
+        ragged, appends = len(q.shape) == 3, "k" in views
+        page_table_stride = page_table.strides[0] // 4 if page_table else 0
+        capacity = page_table.shape[1] * k.shape[1] if page_table else k.shape[1]
+        ratio = q.shape[-2] // k.shape[-2]
+        mask = "window" if left < UNBOUNDED else "causal" if right < UNBOUNDED else "full"
+        rows_q = None if ragged else q.shape[1]
+        split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], rows_q)
+        if split and rows_q == 1 and mask == "causal":
+            mask = "full"  # the only query sees all keys
+        spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, mask, True, split)
+        if page_table:
+            spec = replace(spec, page_rows=math.gcd(k.shape[1], tile_for(spec).tile_n))
+        cos = views.get("rotary_cos")
+        self._rotates = cos is not None
+        if self._rotates:  # the kernel reads the rotated copy
+            q = replace(q, strides=arrays.contiguous_strides(q.shape, 2))
+        self._attention = Plan(
+            spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale, capacity=capacity,
+            new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride,
+        )  # fmt: skip
+        self._append: Any = None
+        if not appends:
+            return
+        self._append = load(AppendSpec(q.dtype))
+        block = np.zeros(1, APPEND_ARGUMENTS)
+        self._append_fields, self._append_arguments = block[0], (block,)
+        sizes = dict(
+            batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
+            capacity=capacity, page_size=k.shape[1], rotary_dim=2 * cos.shape[1] if cos else 0, max_position=cos.shape[0] if cos else 0,
+            interleaved=interleaved, query_advances=mask != "full" or rows_q == 1,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            self._append_fields[name] = size
+        self._append_fields["page_table_stride"] = page_table_stride
+        tokens = q.shape[-3] * (1 if ragged else batch)
+        warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if self._rotates else 0))
+        self._append_grid = (-(-32 * warps // APPEND_THREADS),)
+
+    def launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        q = views["q"]
+        if self._append is not None:
+            rows = {name: views[name] for name in ("q", "k", "v", "k_cache", "v_cache")}
+            if self._rotates:
+                rows["rotated_q"] = q = arrays.empty(q, q.shape, q.dtype)
+            fields = self._append_fields
+            for name, array in rows.items():
+                fields[name]["data"] = array.pointer
+                *batch_stride, row_stride, head_stride, _ = array.strides
+                fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
+            for name in _APPEND_POINTERS:
+                fields[name] = views[name].pointer if name in views else 0
+            self._append(self._append_grid, (APPEND_THREADS,), self._append_arguments, stream=stream)
+        pointers = {name: views[name].pointer for name in POINTERS if name in views}
+        self._attention.launch(
+            stream, q.pointer, views["k_cache"].pointer, views["v_cache"].pointer, out.pointer, lse.pointer if lse else 0, **pointers
+        )

@@ -1,6 +1,6 @@
 """prepare(): the checks of attention() made once, for calls that cost the host little more than the launch.
 
-attention() itself keeps a Launcher for each geometry of CuPy arrays and torch tensors that it has met.
+attention() and its kin keep a Launcher themselves for each geometry of CuPy arrays and torch tensors that they have met.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import arrays
 from .arrays import Array
-from .launch import Plan
+
+if TYPE_CHECKING:
+    from .attention import Call
 
 
 class Access(NamedTuple):
@@ -78,35 +81,49 @@ def _torch_access() -> Access:
 
 
 class Launcher:
-    """Launches the plan of one geometry at addresses read from arrays of it. Keeps no array; not thread-safe, as the plan."""
+    """Launches a call again on other arrays of its geometry, at addresses read from them. Keeps no array; not thread-safe, as the plan."""
 
-    def __init__(self, access: Access, plan: Plan, q: Array, out_shape: tuple[int, ...], lse_shape: tuple[int, ...] | None):
+    def __init__(self, access: Access, call: Call, views: dict[str, Array], return_lse: bool):
         import cupy
 
-        assert q.device is not None
         self._read, self._empty, dtype, self._stream = access
-        self._plan, self._device = plan, q.device
-        self._out_shape, self._lse_shape = out_shape, lse_shape
+        q = views["q"]
+        assert q.device is not None
+        self.call, self.device = call, q.device
         self._dtype, self._float32 = dtype(q.dtype), dtype("float32")
+        self._inputs = {name: replace(a, owner=None) for name, a in views.items()}
+        self._out = self._inputs.pop("out") if "out" in views else _contiguous(q, call.out_shape, q.dtype)
+        self._lse = _contiguous(q, call.lse_shape, "float32") if return_lse else None
+        self._arrays = [(a, 3 if a.dtype == "int32" else 15) for a in (*self._inputs.values(), self._out)]
         self._current_device = cupy.cuda.runtime.getDevice if cupy.cuda.runtime.getDeviceCount() > 1 else None
         self._switch = cupy.cuda.Device
 
-    def __call__(self, q: Any, q_pointer: int, k_pointer: int, v_pointer: int, out: Any) -> Any:
-        """out or (out, lse); None, and nothing launched, where an address is no multiple of 16 bytes."""
-        if self._current_device is not None and self._current_device() != self._device:
-            with self._switch(self._device):
-                return self(q, q_pointer, k_pointer, v_pointer, out)
+    def __call__(self, q: Any, pointers: list[int], out: Any) -> Any:
+        """out or (out, lse); None, and nothing launched, where an address is null or not aligned.
+
+        `pointers` are the addresses of the call's arrays in their order, that of `out` the last if it is given.
+        """
+        if self._current_device is not None and self._current_device() != self.device:
+            with self._switch(self.device):
+                return self(q, pointers, out)
         if out is None:
-            out = self._empty(q, self._out_shape, self._dtype)
-        out_pointer = self._read(out)[0]
-        if (q_pointer | k_pointer | v_pointer | out_pointer) & 15:
-            return None
-        lse, lse_pointer = None, 0
-        if self._lse_shape is not None:
-            lse = self._empty(q, self._lse_shape, self._float32)
-            lse_pointer = self._read(lse)[0]
-        self._plan.launch(q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer, 0, 0, self._stream(self._device))
+            out = self._empty(q, self._out.shape, self._dtype)
+            pointers.append(self._read(out)[0])
+        for (array, low_bits), pointer in zip(self._arrays, pointers, strict=True):
+            if pointer & low_bits or not pointer:
+                return None
+            array.pointer = pointer
+        lse = None
+        if self._lse is not None:
+            lse = self._empty(q, self._lse.shape, self._float32)
+            self._lse.pointer = self._read(lse)[0]
+        self.call.launch(self._inputs, self._out, self._lse, self._stream(self.device))
         return out if lse is None else (out, lse)
+
+
+def _contiguous(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """An array beside `like` whose address is not known yet."""
+    return Array(None, like.framework, 0, shape, arrays.contiguous_strides(shape, np.dtype(dtype).itemsize), dtype, like.device)
 
 
 class Prepared:
@@ -131,13 +148,10 @@ class Prepared:
         kind, launcher = self._kind, self._launcher
         if launcher is not None and type(q) is kind and type(k) is kind and type(v) is kind and (out is None or type(out) is kind):
             read = self._read
-            q_geometry, k_geometry, v_geometry, out_geometry = self._geometries
-            q_pointer, q_found = read(q)
-            k_pointer, k_found = read(k)
-            v_pointer, v_found = read(v)
-            if q_found == q_geometry and k_found == k_geometry and v_found == v_geometry and (out is None or read(out)[1] == out_geometry):
+            found = [read(q), read(k), read(v)] if out is None else [read(q), read(k), read(v), read(out)]
+            if [geometry for _, geometry in found] == self._geometries[: len(found)]:
                 with self._lock:
-                    result = launcher(q, q_pointer, k_pointer, v_pointer, out)
+                    result = launcher(q, [pointer for pointer, _ in found], out)
                 if result is not None:
                     return result
         self._refuse_others({"q": q, "k": k, "v": v} | ({} if out is None else {"out": out}))

@@ -87,6 +87,140 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def attention_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    cache_seqlens: Any,
+    page_table: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    cu_seqlens_q: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    window: Window = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    compute_dtype: str = "float64",
+) -> Any:
+    """`rawattn.attention_with_kvcache` over arrays of any float dtype, except that the caches stay as they are: see append_to_cache.
+
+    The arguments are those of that function, which checks them; a row past the capacity is left out, and positions past the rotary tables
+    are taken for the last one there. Returns out (B, Sq, Hq, Dv) or (Tq, Hq, Dv), or with return_lse also the LSE (B, Hq, Sq) or (Hq, Tq).
+
+    >>> import numpy as np
+    >>> q, v_cache = np.zeros((1, 1, 1, 8)), np.arange(4.0).reshape(1, 4, 1, 1)
+    >>> attention_with_kvcache(q, np.zeros((1, 4, 1, 8)), v_cache, cache_seqlens=3).ravel()
+    array([1.])
+    """
+    xp = _namespace(q)
+    if k is not None:
+        k_cache, v_cache = k_cache.copy(), v_cache.copy()
+        append_to_cache(
+            k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, page_table=page_table, cache_batch_idx=cache_batch_idx,
+            cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
+        )  # fmt: skip
+    heads, rows = q.shape[-2], q.shape[-3]
+    out = xp.zeros((*q.shape[:-1], v_cache.shape[-1]), compute_dtype)
+    lse = xp.full((heads, rows) if cu_seqlens_q is not None else (len(q), heads, rows), -math.inf, compute_dtype)
+    queries, outs = _sequences(q, cu_seqlens_q), _sequences(out, cu_seqlens_q)
+    lses = list(lse) if cu_seqlens_q is None else [part.T for part in _sequences(lse.T, cu_seqlens_q)]
+    lengths, pads = (_integers(x, len(queries)) for x in (cache_seqlens, 0 if cache_leftpad is None else cache_leftpad))
+    rows_have_positions = causal or any(side is not None and side >= 0 for side in window or ())
+    for b, queries_b in enumerate(queries):
+        new = 0 if k is None else len(queries_b)
+        last = min(lengths[b] + new, _capacity(k_cache, page_table))
+        if rotary_cos is not None:
+            positions = lengths[b] + (xp.arange(new) if rows_have_positions else xp.zeros(new, int))
+            queries_b = rotate(queries_b, rotary_cos, rotary_sin, positions, rotary_interleaved)
+        places = _places(xp, b, min(pads[b], last), last, k_cache, page_table, cache_batch_idx)
+        _attend(xp, queries_b, k_cache[places], v_cache[places], outs[b], lses[b], causal, window, scale)
+    return (out, lse) if return_lse else out
+
+
+def append_to_cache(
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    *,
+    cache_seqlens: Any,
+    page_table: Any = None,
+    cache_batch_idx: Any = None,
+    cu_seqlens_q: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    rotary_interleaved: bool = False,
+) -> None:
+    """What `rawattn.attention_with_kvcache` does to the caches: the rows of k, rotated, and of v are written from cache_seqlens[b] on.
+
+    >>> import numpy as np
+    >>> k_cache, v_cache = np.zeros((2, 1, 1, 4)), np.zeros((2, 1, 1, 4))  # two pages of one row
+    >>> rows = np.ones((1, 2, 1, 4))
+    >>> append_to_cache(k_cache, v_cache, rows, rows, cache_seqlens=1, page_table=np.array([[1, 0]]))
+    >>> v_cache[:, 0, 0, 0]
+    array([1., 0.])
+    """
+    xp = _namespace(k)
+    sequences = list(zip(_sequences(k, cu_seqlens_q), _sequences(v, cu_seqlens_q), strict=True))
+    for b, (start, (keys, values)) in enumerate(zip(_integers(cache_seqlens, len(sequences)), sequences, strict=True)):
+        if rotary_cos is not None:
+            keys = rotate(keys, rotary_cos, rotary_sin, start + xp.arange(len(keys)), rotary_interleaved)
+        fit = max(0, min(len(keys), _capacity(k_cache, page_table) - start))
+        places = _places(xp, b, start, start + fit, k_cache, page_table, cache_batch_idx)
+        k_cache[places], v_cache[places] = keys[:fit], values[:fit]
+
+
+def rotate(x: Any, cos: Any, sin: Any, positions: Any, interleaved: bool = False) -> Any:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the rows x (S, H, D), in float32 at least, rounded once to the dtype of x.
+
+    cos, sin: (P, r / 2), the angles at each position. positions: (S,) integers; past P - 1 they are taken for it.
+    interleaved: the pairs are columns (0, 1), (2, 3), ... (r - 2, r - 1), or else (j, j + r / 2). Columns from r on stay as they are.
+
+    >>> import numpy as np
+    >>> quarter_turns = [np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])]
+    >>> rotate(np.array([[[3.0, 4.0, 5.0]]] * 2), *quarter_turns, np.arange(2))[:, 0]
+    array([[ 3.,  4.,  5.],
+           [-4.,  3.,  5.]])
+    """
+    half = cos.shape[1]
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    wide = np.promote_types(x.dtype, np.float32)
+    cos, sin = (table.astype(wide)[positions.clip(0, len(table) - 1), None] for table in (cos, sin))
+    a, b = x[..., first].astype(wide), x[..., second].astype(wide)
+    rotated = x.copy()
+    rotated[..., first] = (a * cos - b * sin).astype(x.dtype)
+    rotated[..., second] = (a * sin + b * cos).astype(x.dtype)
+    return rotated
+
+
+def _sequences(x: Any, cu_seqlens: Any) -> list[Any]:
+    """Views of each sequence's rows: x (B, S, ...), or (T, ...) with cu_seqlens."""
+    return list(x) if cu_seqlens is None else [x[start:end] for start, end in itertools.pairwise(cu_seqlens.tolist())]
+
+
+def _integers(x: Any, batch: int) -> list[int]:
+    """An integer for each sequence, from an array or one integer for all."""
+    return x.tolist() if hasattr(x, "shape") and x.shape else [int(x)] * batch
+
+
+def _capacity(cache: Any, page_table: Any) -> int:
+    return cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+
+
+def _places(xp: Any, b: int, first: int, last: int, cache: Any, page_table: Any, cache_batch_idx: Any) -> Any:
+    """Index of positions first to last of sequence b in the first two axes of a cache."""
+    if page_table is None:
+        return b if cache_batch_idx is None else int(cache_batch_idx[b]), slice(first, last)
+    position = xp.arange(first, last)
+    return page_table[b, position // cache.shape[1]], position % cache.shape[1]
+
+
 def visible_keys(sq: int, sk: int, causal: bool | str, window: Window) -> tuple[np.ndarray, np.ndarray]:
     """Row i of sq sees the keys first[i] <= key < last[i]; both rise with i.
 

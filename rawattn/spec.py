@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MASKS = ("full", "causal", "window")
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """One compiled variant of the kernel that appends to a KV cache; dtype: "float16" or "bfloat16"."""
+
+    dtype: str
+
+    main_file: ClassVar[str] = "append_kv.cu"
+
+    @property
+    def name(self) -> str:
+        """A readable name for file names, logs and error messages."""
+        return f"append_kv_{DTYPES[self.dtype]}"
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,9 @@ class KernelSpec:
     head_dim_v: Dv of v and the output, likewise.
     gqa_ratio:  query heads for each key/value head.
     mask:       "full", "causal" (keys bounded on the right by the diagonal) or "window" (bounded on both sides).
-    varlen:     packed (T, H, D) sequences whose bounds are read from cu_seqlens on the device.
+    varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
+    split_rows: where keys are split among CTAs, the rows of a tile (64 or 128), which the query heads of a KV head share; else 0.
+    page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     """
 
     dtype: str
@@ -26,6 +43,10 @@ class KernelSpec:
     gqa_ratio: int
     mask: str
     varlen: bool = False
+    split_rows: int = 0
+    page_rows: int = 0
+
+    main_file: ClassVar[str] = "attention_forward.cu"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -37,6 +58,15 @@ class KernelSpec:
             raise ValueError(f"gqa_ratio is {self.gqa_ratio}; needed: 1 or more query heads for each key/value head")
         if self.mask not in MASKS:
             raise ValueError(f"mask is {self.mask!r}; needed: one of {', '.join(MASKS)}")
+        if self.split_rows not in (0, 64, 128):
+            raise ValueError(f"split_rows is {self.split_rows}; needed: 0, 64 or 128")
+        if (self.split_rows or self.page_rows) and not self.varlen:
+            raise ValueError(f"varlen is {self.varlen}; needed: True where keys are split or lie in pages")
+
+    @property
+    def pack(self) -> int:
+        """Query heads of one KV head that share a tile's rows: where keys are split, so that K and V are read once for all of them."""
+        return max((n for n in range(1, self.split_rows + 1) if self.gqa_ratio % n == 0), default=1)
 
     @property
     def name(self) -> str:
@@ -45,4 +75,6 @@ class KernelSpec:
         if self.head_dim_v != self.head_dim:
             parts.append(f"dv{self.head_dim_v}")
         parts += [f"gqa{self.gqa_ratio}", self.mask] + (["varlen"] if self.varlen else [])
+        parts += [f"split{self.split_rows}"] if self.split_rows else []
+        parts += [f"page{self.page_rows}"] if self.page_rows else []
         return "_".join(parts)

@@ -8,7 +8,10 @@ from .spec import KernelSpec
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
 SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
-CONTROL_BYTES = 512  # mbarriers and tile slots, at the start of shared memory
+CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
+SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
+SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at least: about the SMs of an H100, so that one sequence fills it
+MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
 
 
 def slabs(dim: int) -> int:
@@ -27,13 +30,14 @@ class Tile:
     tile_n: int
     q_stages: int  # 2: the next tile's Q arrives while this one computes
     stages: int
-    registers: tuple[int, int]  # setmaxnreg of the producer and of a consumer warpgroup
+    registers: tuple[int, int]  # setmaxnreg of the producer and of a consumer warpgroup; 0: what the compiler gave them
     ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
     reason: str
+    ctas_per_sm: int = 1
 
     def __post_init__(self) -> None:
         # More than the CTA was launched with would make a warpgroup wait for registers for ever.
-        launched = 65536 // self.threads // 8 * 8
+        launched = 65536 // (self.threads * self.ctas_per_sm) // 8 * 8
         producer, consumer = self.registers
         assert producer + self.consumer_warpgroups * consumer <= (1 + self.consumer_warpgroups) * launched, self
 
@@ -48,7 +52,8 @@ class Tile:
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
         q = self.q_stages * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
-        return 1024 + CONTROL_BYTES + 2 * SLAB * (q + kv)  # 1024: slabs start on 1 KiB, the swizzle's period
+        carried = 4 * self.tile_m * spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far, in float32
+        return CONTROL_BYTES + 2 * SLAB * (q + kv) + carried
 
 
 _ALL = ("full", "causal", "window")
@@ -62,22 +67,66 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         _ALL,
         Tile(192, 128, 2, 2, (32, 160), False, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2"),
     ),
-    (128, 128, ("full",), Tile(128, 176, 1, 2, (40, 232), True, "the widest block whose scores, P and output fit in 232 registers")),
-    (128, 128, ("causal", "window"), Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more")),
+    (
+        128,
+        128,
+        _ALL,
+        Tile(128, 128, 2, 2, (40, 232), True, "square, so that the diagonal wastes half a block and no more; full is as fast as 128x176"),
+    ),
     (192, 128, _ALL, Tile(128, 128, 1, 2, (40, 232), False, "two stages of 192 + 128 columns just fit in shared memory")),
     (192, 192, _ALL, Tile(128, 112, 1, 2, (40, 232), False, "two stages of 192 + 192 columns just fit in shared memory")),
     (
         256,
         256,
         ("full", "causal"),
-        Tile(128, 80, 1, 2, (24, 240), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
+        Tile(128, 80, 1, 2, (40, 232), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
     ),
     (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
 
+# Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
+# Memory is the limit, so the rows fit the few queries, and as many bytes of K and V as shared memory holds are on the way.
+SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
+    (64, 64, Tile(64, 128, 1, 2, (56, 200), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
+    (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
+    (
+        128,
+        128,
+        Tile(
+            64,
+            64,
+            1,
+            2,
+            (56, 200),
+            False,
+            "small blocks, so that a short sequence has enough of them; one CTA computes while the other loads",
+            2,
+        ),
+    ),
+    (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
+    (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
+    (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),
+    (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "two stages of 64 KB and the carried output just fit")),
+)
+
+
+def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, rows_q: int | None) -> int:
+    """KernelSpec.split_rows for sequences of `rows_q` queries, None if only the device knows; 0 where one has tiles enough without."""
+    chunk = 128 if max(head_dim, head_dim_v) <= 128 else 64
+    if rows_q is None:
+        return chunk
+    rows = rows_q * gqa_ratio
+    if rows <= 64:
+        return 64
+    return chunk if 2 * -(-rows // chunk) * kv_heads <= SPLITS_OF_A_SEQUENCE else 0
+
 
 def tile_for(spec: KernelSpec) -> Tile:
     """The row of the table that serves `spec`. It depends on nothing but the spec, so a row's bits cannot depend on its batch."""
+    if spec.split_rows:
+        for head_dim, head_dim_v, tile in SPLIT_TABLE:
+            if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
+                return tile
     for head_dim, head_dim_v, masks, tile in TABLE:
         if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.mask in masks:
             return tile

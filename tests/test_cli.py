@@ -16,6 +16,7 @@ from rawattn import compiler
 from rawattn.cli import check, main
 
 attention = rawattn.attention
+with_cache = rawattn.attention_with_kvcache
 
 
 @pytest.fixture
@@ -130,21 +131,30 @@ def leak_the_next_key(q, k, v, causal=False):
     return attention(q, k, v, window=(-1, 1)) if causal else attention(q, k, v)
 
 
+def write_one_row_too_many(q, k_cache, v_cache, k, v, cache_seqlens):
+    v_cache[:, cache_seqlens[0] + k.shape[1]] = 0
+    return with_cache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens)
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "a percent off": (lambda q, k, v, **kw: (attention(q, k, v, **kw) * q.dtype.type(1.01)).astype(q.dtype), "s-32"),
     "truncated, not rounded": (lambda q, k, v, **kw: (attention(q, k, v, **kw).view(np.uint16) & 0xFFFE).view(q.dtype), "s-32"),
     "NaN": (lambda q, k, v, **kw: attention(q, k, v, **kw) * q.dtype.type(math.nan), "s-32"),
     "an off-by-one mask": (leak_the_next_key, "causal-structure"),
     "no mask": (lambda q, k, v, causal=False: attention(q, k, v), "causal-full"),
-    "top-left for bottom-right": (lambda q, k, v, causal=False: attention(q, k, v, causal="top-left" if causal else False), "cache-causal"),
     "the wrong head of a group": (lambda q, k, v, **kw: attention(q[:, :, ::-1], k, v, **kw)[:, :, ::-1], "gqa-broadcast"),
+}
+WRONG_WITH_CACHE: dict[str, tuple[Any, str]] = {
+    "no mask among the new tokens": (lambda *arrays, **kw: with_cache(*arrays, **kw, causal=False), "cache-causal"),
+    "nothing is appended": (lambda q, k_cache, v_cache, k, v, **kw: with_cache(q, k_cache, v_cache, **kw), "cache-steps"),
+    "one row too many": (write_one_row_too_many, "cache-256"),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", [*WRONG, *WRONG_WITH_CACHE])
 def test_a_wrong_result_fails(no_gpu, monkeypatch, tmp_path, wrong):
-    function, scenario = WRONG[wrong]
-    monkeypatch.setattr(rawattn, "attention", function)
+    function, scenario = WRONG[wrong] if wrong in WRONG else WRONG_WITH_CACHE[wrong]
+    monkeypatch.setattr(rawattn, "attention" if wrong in WRONG else "attention_with_kvcache", function)
     file = tmp_path / "check.json"
     result = run("check", scenario, "--json", file)
     assert result.exit_code == 1, result.output

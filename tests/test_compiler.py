@@ -46,7 +46,7 @@ def test_source_is_self_contained_and_includes_each_header_once() -> None:
     assert "#include" not in text and "#pragma once" not in text
     headers = sorted(path.name for path in compiler.CUDA_SRC.glob("*.cuh"))
     assert headers and all(text.count(f'#line 1 "{name}"') == 1 for name in headers)
-    assert re.search(rf'extern "C" __global__.*\b{compiler.ENTRY_POINT}\(', text)
+    assert re.search(r'extern "C" __global__.*\battention_forward\(', text)
 
 
 @pytest.mark.parametrize("a_in_registers", [False, True])
@@ -290,13 +290,13 @@ def test_report_reads_the_log() -> None:
 
 def test_compile_error_carries_the_log_with_true_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_nvrtc()
-    line = 1 + len((compiler.CUDA_SRC / compiler.MAIN_FILE).read_text().splitlines())
+    line = 1 + len((compiler.CUDA_SRC / SPEC.main_file).read_text().splitlines())
     good = compiler.source
     monkeypatch.setattr(compiler, "source", lambda spec: good(spec) + "\nint broken = undefined_name;")
     with pytest.raises(CompileError) as caught:
         compiler.compile_cubin(SPEC)
     assert SPEC.name in str(caught.value)
-    assert f'{compiler.MAIN_FILE}({line}): error: identifier "undefined_name" is undefined' in str(caught.value)
+    assert f'{SPEC.main_file}({line}): error: identifier "undefined_name" is undefined' in str(caught.value)
 
 
 def skip_without_nvrtc() -> None:

@@ -80,6 +80,39 @@ def test_op_on_gpu_follows_its_arguments(framework: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
+@pytest.mark.parametrize("out_given", [False, True])
+def test_cache_calls_follow_their_arguments(framework: str, out_given: bool) -> None:
+    """Call after call on other addresses. A cache_seqlens that is a number is looked at in full each time, so it says what is right."""
+    import cupy
+
+    torch = pytest.importorskip("torch", reason="torch is not installed") if framework == "torch" else None
+
+    def to_gpu(x: np.ndarray) -> Any:
+        return torch.from_numpy(x).cuda() if torch else cupy.asarray(x)
+
+    kept = []  # so that each round's addresses are new
+    for seed, length in enumerate((7, 9, 30)):
+        rng = np.random.default_rng(seed)
+        shapes = [(2, 3, 4, 16), (10, 8, 2, 16), (10, 8, 2, 16), (2, 3, 2, 16), (2, 3, 2, 16), (40, 8), (40, 8), (2, 3, 4, 16)]
+        host = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+        table = rng.permutation(10).reshape(2, 5).astype(np.int32)
+        results = []
+        for lengths in (length, to_gpu(np.full(2, length, np.int32))):
+            *arrays, cos, sin, out = given = [to_gpu(x) for x in host]
+            options: dict[str, Any] = {"page_table": to_gpu(table), "rotary_cos": cos, "rotary_sin": sin, "return_lse": True}
+            if out_given:
+                options["out"] = out
+            result, lse = rawattn.attention_with_kvcache(*arrays, cache_seqlens=lengths, **options)
+            assert (result is out) == out_given
+            results.append((result, lse, *arrays[1:3]))
+            kept.append((given, options, lengths))
+        for found, wanted in zip(*results, strict=True):
+            assert bool((found == wanted).all())
+        assert not np.array_equal(cupy.asnumpy(cupy.asarray(results[1][2])), host[1])  # rows were appended
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_gpu_op_refuses_other_arrays_and_misaligned_ones(framework: str) -> None:
     q, k, v = gpu_inputs(framework, 0)
     op = rawattn.prepare(q, k, v)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rawattn.attention import LONGEST, _window_bounds
+from rawattn.checks import LONGEST, window_bounds
 from rawattn.compiler import CUDA_SRC, source
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
@@ -30,10 +30,12 @@ PROLOGUE = """
 using std::max, std::min;
 #define __device__
 #define __forceinline__ inline
+constexpr int SPLITS_OF_A_SEQUENCE = 128, MAX_SPLITS = 32;
 #include "scheduler.cuh"
 
 template <int TILE_N, bool BOUND_LEFT, bool BOUND_RIGHT>
 struct Variant {
+    static constexpr int PACK = 1;
 #include "mask.cuh"
 };
 
@@ -61,7 +63,7 @@ class Mask(ctypes.Structure):
 
     @classmethod
     def of(cls, sq: int, sk: int, causal: bool | str, window: Window) -> Mask:
-        return cls(sk, 0 if causal == "top-left" else sk - sq, *_window_bounds(causal, window))
+        return cls(sk, 0 if causal == "top-left" else sk - sq, *window_bounds(causal, window))
 
 
 class KeyBlocks(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""The command line: `rawattn check`, `rawattn info`, `rawattn warmup` and `rawattn cache`."""
+"""The command line: `rawattn` with its commands, each in a module of its own name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 import rawattn
 from rawattn import compiler
 
-from . import cache, check, info, warmup
+from . import bench, cache, check, explain, info, warmup
 
 
 class _Group(click.Group):
@@ -26,7 +26,9 @@ def main() -> None:
     """Attention kernels for NVIDIA Hopper, compiled when they are first needed."""
 
 
+main.add_command(bench.bench)
 main.add_command(cache.cache)
 main.add_command(check.check)
+main.add_command(explain.explain)
 main.add_command(info.info)
 main.add_command(warmup.warmup)

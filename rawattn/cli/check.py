@@ -137,6 +137,23 @@ class Trial:
         self.figures.append(judge(case, out, self.expected(q, k, v, causal)))
         return out
 
+    def check_generation(self, chunks: list[int], heads: int, kv_heads: int) -> None:
+        """Judge chunks of new tokens, each appended to the cache of all before it; the unused part of the cache is NaN."""
+        total = sum(chunks)
+        q, k, v = self.inputs(total, heads, kv_heads, batch=2)
+        k_cache, v_cache = (self.array(np.full((2, total + 64, kv_heads, 128), np.nan, np.float32)) for _ in range(2))
+        done = 0
+        for chunk in chunks:
+            new, keys = slice(done, done + chunk), slice(done + chunk)
+            lengths = self.xp.full(2, done, np.int32)
+            out = rawattn.attention_with_kvcache(q[:, new], k_cache, v_cache, k[:, new], v[:, new], cache_seqlens=lengths)
+            expected = self.expected(q[:, new], k[:, keys], v[:, keys], causal=True)
+            self.figures.append(judge(f"{heads}/{kv_heads}, {chunk} on {done} cached", out, expected))
+            done += chunk
+        for name, cache, rows in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
+            self.claim(same_bits(cache[:, :total], rows), f"{name} does not hold the rows that were appended")
+            self.claim(bool(self.xp.isnan(cache[:, total:].astype(np.float32)).all()), f"{name} was written past the last row")
+
     def claim(self, holds: bool, text: str) -> None:
         if not holds:
             self.broken.append(text)
@@ -167,34 +184,20 @@ def first_call(trial: Trial) -> None:
 
 
 def cache_steps(trial: Trial) -> None:
-    _generate(trial, [trial.pick(512, 64)] + [1] * 10, heads=32, kv_heads=32)
+    trial.check_generation([trial.pick(512, 64)] + [1] * 10, heads=32, kv_heads=32)
 
 
 def cache_256(trial: Trial) -> None:
-    _generate(trial, [256, 1], heads=32, kv_heads=32)
+    trial.check_generation([256, 1], heads=32, kv_heads=32)
 
 
 def cache_gqa(trial: Trial) -> None:
-    _generate(trial, [trial.pick(512, 64)] + [1] * 4, heads=32, kv_heads=8)
-    _generate(trial, [trial.pick(512, 64)] + [1] * 4, heads=28, kv_heads=4)
+    trial.check_generation([trial.pick(512, 64)] + [1] * 4, heads=32, kv_heads=8)
+    trial.check_generation([trial.pick(512, 64)] + [1] * 4, heads=28, kv_heads=4)
 
 
 def cache_causal(trial: Trial) -> None:
-    _generate(trial, [96, 33, 64, 2], heads=32, kv_heads=8)
-
-
-def _generate(trial: Trial, chunks: list[int], heads: int, kv_heads: int) -> None:
-    """Chunks of new tokens, one after the other, each causal on the cache of all before it; the unused part of the cache is NaN."""
-    total = sum(chunks)
-    q, k, v = trial.inputs(total, heads, kv_heads, batch=2)
-    unused = np.full((2, total + 64, kv_heads, 128), np.nan, np.float32)
-    k_cache, v_cache = trial.array(unused), trial.array(unused)
-    done = 0
-    for chunk in chunks:
-        new = slice(done, done + chunk)
-        k_cache[:, new], v_cache[:, new] = k[:, new], v[:, new]
-        trial.check(f"{heads}/{kv_heads}, {chunk} on {done} cached", q[:, new], k_cache[:, : new.stop], v_cache[:, : new.stop], causal=True)
-        done = new.stop
+    trial.check_generation([96, 33, 64, 2], heads=32, kv_heads=8)
 
 
 def length_32(trial: Trial) -> None:
@@ -375,12 +378,12 @@ def check(context: click.Context, scenarios: tuple[str, ...], seed: int, json_fi
     chosen = [(i, name) for i, name in enumerate(every) if name in (scenarios or every)]
     trials = [Trial(name, dtype, on_gpu, (seed, i, j)) for i, name in chosen for j, dtype in enumerate(DTYPES)]
     for done, trial in enumerate(trials):
-        _progress(f"{done}/{len(trials)} {trial.scenario} {trial.dtype}")
+        progress(f"{done}/{len(trials)} {trial.scenario} {trial.dtype}")
         try:
             every[trial.scenario](trial)
         except Exception as error:  # one broken scenario must not hide the others
             trial.broken.append(f"{type(error).__name__}: {error}")
-    _progress("")
+    progress("")
 
     _print_table(trials)
     seconds = time.perf_counter() - start
@@ -392,7 +395,7 @@ def check(context: click.Context, scenarios: tuple[str, ...], seed: int, json_fi
     context.exit(0 if passed else 1)
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 

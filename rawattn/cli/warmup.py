@@ -14,11 +14,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 import click
 
 from rawattn import compiler
-from rawattn.spec import DTYPES, MASKS, KernelSpec
+from rawattn.spec import MASKS, KernelSpec
 
 from .models import GEOMETRIES
-
-DTYPE_OF = {short: dtype for dtype, short in DTYPES.items()}
+from .shapes import DTYPE_OF
 
 
 @click.command()

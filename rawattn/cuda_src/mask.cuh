@@ -1,4 +1,4 @@
-// The masks as arithmetic on positions. A row sees the keys [begin, end).
+// The masks as arithmetic on positions. A row sees the keys [begin, end). Rows count the PACK heads of one query apart.
 #pragma once
 
 struct Mask {
@@ -7,8 +7,8 @@ struct Mask {
     int left;      // keys a row sees to the left of its diagonal; read if BOUND_LEFT
     int right;     // and to the right; read if BOUND_RIGHT
 
-    __device__ __forceinline__ int begin(int row) const { return BOUND_LEFT ? max(0, row + diagonal - left) : 0; }
-    __device__ __forceinline__ int end(int row) const { return BOUND_RIGHT ? min(keys, row + diagonal + right + 1) : keys; }
+    __device__ __forceinline__ int begin(int row) const { return BOUND_LEFT ? max(0, row / PACK + diagonal - left) : 0; }
+    __device__ __forceinline__ int end(int row) const { return BOUND_RIGHT ? min(keys, row / PACK + diagonal + right + 1) : keys; }
 };
 
 struct KeyBlocks {
@@ -23,6 +23,6 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Mask& mask, int first_row,
     blocks.begin = begin / TILE_N;
     blocks.end = end > begin ? (end + TILE_N - 1) / TILE_N : blocks.begin;
     blocks.full_begin = (mask.begin(own_last) + TILE_N - 1) / TILE_N;
-    blocks.full_end = max(0, mask.end(own_first)) / TILE_N;
+    blocks.full_end = mask.end(own_first) / TILE_N;
     return blocks;
 }

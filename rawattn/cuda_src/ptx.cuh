@@ -1,6 +1,7 @@
 // One wrapper for each PTX instruction that the kernels need. Section numbers: PTX ISA 8.8.
 #pragma once
 
+typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
@@ -49,6 +50,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Brings 32 bytes into L2 (prefetch, 9.7.9.15).
+__device__ __forceinline__ void prefetch_global(const void* pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
 }
 
 // Copies one box to shared memory; elements outside the tensor arrive as zeros. Coordinates: column, row, row offset, head, batch.

@@ -14,3 +14,25 @@ __device__ __forceinline__ TilePlace tile_place(int index, int m_blocks, int hea
     const int within = index - first_head * m_blocks;
     return {m_blocks - 1 - within / group_heads, first_head + within % group_heads};
 }
+
+// What one sequence adds to the list of all tiles, or of all splits of tiles.
+struct Places {
+    int m_blocks = 0, heads = 0;
+    int first_block = 0, blocks = 0;  // of keys: where the splits begin, and how many each has
+    int splits = 1;                   // of each tile
+    int cost = 1;                     // places that each split takes
+
+    __device__ __forceinline__ int items() const { return m_blocks * heads * splits; }
+    __device__ __forceinline__ int count() const { return items() * cost; }
+    __device__ __forceinline__ int at_or_after(int place) const { return (max(0, place) + cost - 1) / cost; }
+
+    // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence needs to fill a GPU: by what this sequence is, not by what
+    // else is in the batch, so that its bits are its own.
+    __device__ __forceinline__ void split(int begin, int end, int fewest) {
+        const int wanted = min(max(SPLITS_OF_A_SEQUENCE / (m_blocks * heads), max(fewest, 1)), MAX_SPLITS), total = max(0, end - begin);
+        first_block = begin;
+        blocks = max(1, (total + wanted - 1) / wanted);
+        splits = max(1, (total + blocks - 1) / blocks);
+        cost = blocks + 1;  // the start and the end of a split take about as long as a block
+    }
+};

@@ -57,17 +57,38 @@ struct Softmax {
         }
     }
 
-    // Reduces the sums over the row's lanes. Then the output is to be multiplied by inverse[r], and lse[r] is the row's log-sum-exp.
-    __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {
+    // The sums over the row's four lanes.
+    __device__ __forceinline__ void reduce() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
             sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-            inverse[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];  // a row without a key: output 0, LSE -inf; a NaN stays one
-            const float offset = max[r] == NEGATIVE_INFINITY ? 0.0f : shift(max[r], scale_log2);
-            lse[r] = sum[r] == 0.0f ? NEGATIVE_INFINITY : fmaf(offset, LN2, logf(sum[r]));
         }
     }
+};
+
+// A row's output is to be multiplied by `inverse`; `lse` is its log-sum-exp. A row without a key has output 0 and LSE -inf; a NaN stays one.
+__device__ __forceinline__ void normalise(float max, float sum, float scale_log2, float& inverse, float& lse) {
+    inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float offset = max == NEGATIVE_INFINITY ? 0.0f : Softmax::shift(max, scale_log2);
+    lse = sum == 0.0f ? NEGATIVE_INFINITY : fmaf(offset, LN2, logf(sum));
+}
+
+// Takes two sets of a row's keys together, always with the same operations, wherever it happens.
+struct Fold {
+    float max, sum;
+    float first_factor, second_factor;
+
+    __device__ __forceinline__ Fold(float first_max, float first_sum, float second_max, float second_sum, float scale_log2) {
+        max = fmaxf(first_max, second_max);
+        first_factor = factor(first_max, scale_log2);
+        second_factor = factor(second_max, scale_log2);
+        sum = of(first_sum, second_sum);
+    }
+    __device__ __forceinline__ float factor(float old_max, float scale_log2) const {
+        return max == old_max ? 1.0f : exp2_approx(Softmax::shift(old_max, scale_log2) - Softmax::shift(max, scale_log2));
+    }
+    __device__ __forceinline__ float of(float first, float second) const { return __fmaf_rn(first, first_factor, __fmul_rn(second, second_factor)); }
 };
 
 // Hides the keys that a row does not see. `first_column` is the key position of the thread's column 0.

@@ -1,0 +1,361 @@
+"""attention_with_kvcache() and KVCache on a Hopper GPU: any batch against float64, bits, appended rows, poison, streams and graphs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gpu_support
+import numpy as np
+import pytest
+from gpu_support import ENOUGH_ELEMENTS, assert_close, assert_lse_close, normal, poisoned, same_bits, strides_of, torch_on_gpu
+
+import rawattn
+from rawattn import reference
+
+cp = pytest.importorskip("cupy")
+
+pytestmark = pytest.mark.gpu
+
+# All that a kernel may be compiled for: dtype, D, Dv, query heads for each of KV_HEADS; everything here is one of them.
+GEOMETRIES = {
+    "64": ("float16", 64, 64, 4),
+    "80": ("bfloat16", 80, 80, 1),
+    "128": ("bfloat16", 128, 128, 4),
+    "128, 7 to 1": ("bfloat16", 128, 128, 7),
+    "128, 32 to 1": ("float16", 128, 128, 32),
+    "192/128": ("bfloat16", 192, 128, 1),
+    "256": ("float16", 256, 256, 8),
+}
+KV_HEADS = 2
+CAPACITY = 640
+LENGTHS = (0, 1, 63, 64, 65, 127, 129, 500, CAPACITY)
+NO_PAGE = 2**31 - 1
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    gpu_support.seed(request.node.name)
+
+
+# ---- calls
+
+
+def device_ints(x: Any) -> Any:
+    return cp.asarray(np.asarray(x, np.int32))
+
+
+def make(
+    geometry: str,
+    lengths: list[int],
+    rows: int | list[int],
+    *,
+    append: bool = True,
+    page_size: int | None = None,
+    batch_idx: bool = False,
+    leftpad: list[int] | None = None,
+    rotary: int | None = None,
+    interleaved: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of a call. `lengths` are of the cache; `rows` of q, a list if they are ragged.
+
+    All memory of the caches that holds no key is NaN, and so is that around them; table entries of pages that are not used are huge.
+    """
+    dtype, dim, dim_v, ratio = GEOMETRIES[geometry]
+    rng, batch = np.random.default_rng(seed), len(lengths)
+    call: dict[str, Any] = {"cache_seqlens": device_ints(lengths)}
+    new = np.array([rows] * batch if isinstance(rows, int) else rows)
+    if page_size is None:
+        shape = (batch + 2 * batch_idx, CAPACITY)
+        index = rng.permutation(shape[0])[:batch] if batch_idx else np.arange(batch)
+        if batch_idx:
+            call["cache_batch_idx"] = device_ints(index)
+    else:
+        columns = CAPACITY // page_size + 1
+        ends = -(-(np.array(lengths) + new * append) // page_size)
+        shape = (int(ends.sum()) + 3, page_size)
+        pages, table = rng.permutation(shape[0]), np.full((batch, columns), NO_PAGE, np.int32)
+        for b, end in enumerate(ends):
+            table[b, :end], pages = pages[:end], pages[end:]
+        call["page_table"] = device_ints(table)
+    shapes = [(*shape, KV_HEADS, d) for d in (dim, dim_v)]
+    call["k_cache"], call["v_cache"] = (poisoned(x, dtype, strides_of("padded", x))[0] for x in shapes)
+    if leftpad is not None:
+        call["cache_leftpad"] = device_ints(leftpad)
+    for b, length in enumerate(lengths):
+        first = 0 if leftpad is None else leftpad[b]
+        if first < length:
+            held = {"k_cache": normal((length - first, KV_HEADS, dim), dtype), "v_cache": normal((length - first, KV_HEADS, dim_v), dtype)}
+            for name, values in held.items():
+                call[name][places(call, b, first, length)] = values
+    if isinstance(rows, int):
+        of_q: tuple[int, ...] = (batch, rows)
+    else:
+        of_q = (sum(rows),)
+        call["cu_seqlens_q"] = device_ints(np.cumsum([0, *rows]))
+    call["q"] = normal((*of_q, KV_HEADS * ratio, dim), dtype)
+    if append:
+        call |= {"k": normal((*of_q, KV_HEADS, dim), dtype), "v": normal((*of_q, KV_HEADS, dim_v), dtype)}
+    if rotary is not None:
+        angles = cp.arange(2 * CAPACITY)[:, None] / 10000.0 ** (cp.arange(rotary // 2) / (rotary // 2))
+        call |= {"rotary_cos": cp.cos(angles).astype(call["q"].dtype), "rotary_sin": cp.sin(angles).astype(call["q"].dtype)}
+        call["rotary_interleaved"] = interleaved
+    return call
+
+
+def places(call: dict[str, Any], b: int, first: int, last: int) -> Any:
+    """Index of positions first to last of sequence b in the caches of `call`."""
+    if "page_table" not in call:
+        return int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b, slice(first, last)
+    position, page_size = cp.arange(first, last), call["k_cache"].shape[1]
+    return call["page_table"][b][position // page_size], position % page_size
+
+
+def fresh(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call on copies of the caches."""
+    return call | {name: call[name].copy() for name in ("k_cache", "v_cache")}
+
+
+def appended(call: dict[str, Any]) -> tuple[Any, Any]:
+    """The caches as they should be after the call."""
+    after = fresh(call)
+    if "k" in call:
+        options = {name: x for name, x in after.items() if name not in ("q", "cache_leftpad", "causal", "window")}
+        reference.append_to_cache(**options)
+    return after["k_cache"], after["v_cache"]
+
+
+def assert_right(call: dict[str, Any], few_keys: bool = False) -> tuple[Any, Any]:
+    """out and LSE of the call by the rule of test_gpu.py, and the caches afterwards, to the bit (a rotated key to the last place)."""
+    expected, expected_lse = reference.attention_with_kvcache(**call, return_lse=True)
+    k_cache, v_cache = appended(call)
+    out, lse = rawattn.attention_with_kvcache(**call, return_lse=True)
+    assert_close(out, expected, few_keys, l2_factor=1.5 if out.size >= ENOUGH_ELEMENTS else 2.5)
+    assert_lse_close(lse, expected_lse)
+    assert same_bits(call["v_cache"], v_cache), "v_cache"
+    if "rotary_cos" in call:
+        off = cp.abs(call["k_cache"].astype(np.float32) - k_cache.astype(np.float32))
+        limit = 2.0 ** (-7 if k_cache.dtype.name == "bfloat16" else -10) * cp.maximum(cp.abs(k_cache.astype(np.float32)), 1e-3)
+        nan = cp.isnan(k_cache.astype(np.float32))
+        assert bool((nan == cp.isnan(call["k_cache"].astype(np.float32))).all()) and not bool(((off > limit) & ~nan).any()), "k_cache"
+    else:
+        assert same_bits(call["k_cache"], k_cache), "k_cache"
+    return out, lse
+
+
+def lengths_before(rows: int) -> list[int]:
+    return [min(length, CAPACITY - rows) for length in LENGTHS]
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_any_length(geometry: str, page_size: int | None) -> None:
+    for rows in (1, 2, 5, 16, 100, 300):
+        for append in (False, True):
+            lengths = lengths_before(rows) if append else list(LENGTHS)
+            assert_right(make(geometry, lengths, rows, append=append, page_size=page_size))
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64, 128, 256])
+def test_any_page_size_and_appending_across_a_page_border(page_size: int) -> None:
+    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size - 1, 255, 300]
+    for rows in (1, 3, 70):
+        assert_right(make("128", lengths, rows, page_size=page_size))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("geometry, rotary", [("64", 64), ("128", 128), ("128", 32), ("80", 16)])
+def test_rotary(geometry: str, rotary: int, interleaved: bool) -> None:
+    for rows, masks in ((1, {}), (5, {}), (100, {}), (5, {"causal": False}), (5, {"causal": False, "window": (200, 1)})):
+        for page_size in (None, 16):
+            call = make(geometry, lengths_before(rows), rows, rotary=rotary, interleaved=interleaved, page_size=page_size)
+            assert_right(call | masks)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_leftpad_and_batch_idx(rows: int) -> None:
+    leftpad = [0, 1, 5, 64, 65, 7, 100, 499, 3]
+    assert_right(make("128", lengths_before(rows), rows, leftpad=leftpad, batch_idx=True))
+    assert_right(make("128", lengths_before(rows), rows, append=False, leftpad=leftpad))
+
+
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+def test_ragged(page_size: int | None) -> None:
+    for append in (False, True):
+        assert_right(make("128", [0, 65, 500, 129, 300, 64], [3, 1, 0, 130, 64, 1], append=append, page_size=page_size))
+
+
+@pytest.mark.parametrize(
+    "masks", [{"causal": False}, {"window": (100, -1)}, {"causal": False, "window": (37, 5)}, {"scale": 0.05}], ids=str
+)
+def test_masks(masks: dict[str, Any]) -> None:
+    for rows in (1, 16, 100):
+        assert_right(make("128", lengths_before(rows), rows, page_size=64) | masks, few_keys="window" in masks)
+        assert_right(make("128", lengths_before(rows), rows) | masks, few_keys="window" in masks)
+
+
+def test_a_thousand_steps_are_one_causal_call() -> None:
+    dtype, dim, dim_v, ratio = GEOMETRIES["128"]
+    q, k, v = (normal((1, 1000, heads, dim), dtype) for heads in (KV_HEADS * ratio, KV_HEADS, KV_HEADS))
+    cache = rawattn.KVCache(1, 1000, KV_HEADS, dim, head_dim_v=dim_v, like=q, page_size=16)
+    outs = [cache.attend(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1]) for i in range(1000)]
+    assert_close(cp.concatenate(outs, axis=1), reference.attention(q, k, v, causal=True))
+    assert cache.lengths == (1000,) and cache.cache_seqlens.tolist() == [1000]
+
+
+# ---- what must not be written, and what must not be read
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_rows_that_do_not_fit_are_not_written(page_size: int | None) -> None:
+    call = make("128", [630, 640, 100], 16)
+    if page_size is not None:
+        shape = (3 * CAPACITY // page_size, page_size)
+        call |= {name: call[name].reshape(*shape, *call[name].shape[2:]) for name in ("k_cache", "v_cache")}
+        call["page_table"] = cp.arange(shape[0], dtype=np.int32).reshape(3, -1)
+    assert_right(call)
+
+
+def test_a_neighbours_nan_stays_with_it() -> None:
+    call = make("128", [300, 200, 500], 2)
+    clean, clean_lse = rawattn.attention_with_kvcache(**fresh(call), return_lse=True)
+    call["k_cache"][1] = call["v_cache"][1] = math.nan
+    out, lse = rawattn.attention_with_kvcache(**call, return_lse=True)
+    for b in (0, 2):
+        assert same_bits(out[b], clean[b]) and same_bits(lse[b], clean_lse[b])
+
+
+# ---- bits
+
+
+def alone(call: dict[str, Any], b: int, page_size: int | None, seed: int) -> dict[str, Any]:
+    """Sequence b of a dense call, in caches of its own with another layout."""
+    length = int(call["cache_seqlens"][b])
+    (_, _, heads, dim), dim_v = call["k_cache"].shape, call["v_cache"].shape[-1]
+    one: dict[str, Any] = {name: call[name][b : b + 1].copy() for name in ("q", "k", "v")} | {"cache_seqlens": device_ints([length])}
+    columns = 1 if page_size is None else -(-CAPACITY // page_size)
+    shape = (1, CAPACITY) if page_size is None else (columns + 2, page_size)
+    for name, d in (("k_cache", dim), ("v_cache", dim_v)):
+        one[name] = poisoned((*shape, heads, d), call["q"].dtype.name, strides_of("contiguous", (*shape, heads, d)))[0]
+    if page_size is not None:
+        one["page_table"] = device_ints(np.random.default_rng(seed).permutation(shape[0])[None, :columns])
+    for name in ("k_cache", "v_cache"):
+        one[name][places(one, 0, 0, length)] = call[name][places(call, b, 0, length)]
+    return one
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_sequence_does_not_depend_on_its_batch_or_its_pages(geometry: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for seed, page_size in enumerate((None, 16, 64)):
+        lengths = rng.integers(0, CAPACITY - rows, 7).tolist()
+        call = make(geometry, lengths, rows, page_size=page_size, seed=seed)
+        before = fresh(call)
+        out, lse = rawattn.attention_with_kvcache(**call, return_lse=True)
+        for b in rng.permutation(7)[:3].tolist():
+            for other in (None, 1, 7, 64):
+                one, one_lse = rawattn.attention_with_kvcache(**alone(before, b, other, seed), return_lse=True)
+                assert same_bits(one[0], out[b]) and same_bits(one_lse[0], lse[b]), (lengths, b, page_size, other)
+
+
+def test_a_row_of_many_is_the_row_of_one_step() -> None:
+    """Ragged or dense, ten times over, with or without LSE: the same bits."""
+    call = make("128", [500, 65, 0, 300], 2)
+    first, first_lse = rawattn.attention_with_kvcache(**fresh(call), return_lse=True)
+    for _ in range(9):
+        out, lse = rawattn.attention_with_kvcache(**fresh(call), return_lse=True)
+        assert same_bits(out, first) and same_bits(lse, first_lse)
+    assert same_bits(rawattn.attention_with_kvcache(**fresh(call)), first)
+    packed = {name: call[name].reshape(-1, *call[name].shape[2:]) for name in ("q", "k", "v")} | {
+        "cu_seqlens_q": device_ints([0, 2, 4, 6, 8])
+    }
+    assert same_bits(rawattn.attention_with_kvcache(**(fresh(call) | packed)).reshape(first.shape), first)
+
+
+def test_one_length_for_all() -> None:
+    call = make("128", [129, 129], 1)
+    expected = rawattn.attention_with_kvcache(**fresh(call))
+    assert same_bits(rawattn.attention_with_kvcache(**(call | {"cache_seqlens": 129})), expected)
+
+
+# ---- CUDA graphs
+
+
+REPLAYS = ([500, 65, 0], [0, 0, 1], [600, 630, 64], [1, 300, 639])
+
+
+@pytest.mark.parametrize("framework", ["cupy", "torch"])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_graph_replays_with_new_lengths(framework: str, page_size: int | None) -> None:
+    calls = [make("128", lengths, 1, page_size=page_size, seed=i) for i, lengths in enumerate(REPLAYS)]
+    expected = [rawattn.attention_with_kvcache(**fresh(call)) for call in calls]
+    if page_size is not None:  # one pool that holds the pages of any of them
+        most = max(len(call["k_cache"]) for call in calls)
+        for call in calls:
+            for name in ("k_cache", "v_cache"):
+                call[name] = cp.concatenate([call[name], call[name][:1].repeat(most - len(call[name]), axis=0)])
+    fixed = {name: cp.ascontiguousarray(x).copy() for name, x in calls[0].items()}
+    cp.cuda.Device().synchronize()
+    if framework == "torch":
+        torch = torch_on_gpu()
+        inputs = {name: torch.from_dlpack(x) for name, x in fixed.items()}
+        rawattn.attention_with_kvcache(**inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = cp.from_dlpack(rawattn.attention_with_kvcache(**inputs))
+        replay = graph.replay
+    else:
+        stream = cp.cuda.Stream(non_blocking=True)
+        rawattn.attention_with_kvcache(**fixed)
+        cp.cuda.Device().synchronize()
+        with stream:
+            stream.begin_capture()
+            out = rawattn.attention_with_kvcache(**fixed)
+            captured = stream.end_capture()
+
+        def replay() -> None:
+            captured.launch(stream)
+
+    for call, right in zip(calls, expected, strict=True):
+        for name, x in fixed.items():
+            x[...] = call[name]
+        cp.cuda.Device().synchronize()
+        replay()
+        cp.cuda.Device().synchronize()
+        assert same_bits(out, right)
+        for name, after in zip(("k_cache", "v_cache"), appended(call), strict=True):
+            assert same_bits(fixed[name], after), name
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_captured_step_of_a_cache(page_size: int | None) -> None:
+    torch = torch_on_gpu()
+    q, k, v = (torch.randn(2, 60, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (KV_HEADS * 4, KV_HEADS, KV_HEADS))
+    plain, cache = (rawattn.KVCache(2, 64, KV_HEADS, 128, like=q, page_size=page_size) for _ in range(2))
+    step = [x[:, :1].clone() for x in (q, k, v)]
+    for each in (plain, cache):
+        each.append(k[:, :30], v[:, :30])
+    cache.attend(*step)  # compiles
+    cache.reset()
+    cache.append(k[:, :30], v[:, :30])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cache.attend(*step)
+    assert cache.lengths == (30, 30)
+    for i in range(30, 60):
+        for x, source in zip(step, (q, k, v), strict=True):
+            x.copy_(source[:, i : i + 1])
+        cache.advance()
+        graph.replay()
+        assert torch.equal(out, plain.attend(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1])), i
+    assert cache.lengths == plain.lengths == (60, 60) and cache.cache_seqlens.tolist() == [60, 60]
+    forks = [each.fork([1, 0, 1]) for each in (cache, plain)]
+    again = [x[[1, 0, 1], :1] for x in (q, k, v)]
+    assert torch.equal(*(each.attend(*again) for each in forks))
