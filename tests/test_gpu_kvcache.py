@@ -121,7 +121,7 @@ def appended(call: dict[str, Any]) -> tuple[Any, Any]:
     """The caches as they should be after the call."""
     after = fresh(call)
     if "k" in call:
-        options = {name: x for name, x in after.items() if name not in ("q", "cache_leftpad", "causal", "window")}
+        options = {name: x for name, x in after.items() if name not in ("q", "cache_leftpad", "causal", "window", "scale")}
         reference.append_to_cache(**options)
     return after["k_cache"], after["v_cache"]
 
@@ -264,17 +264,20 @@ def test_a_sequence_does_not_depend_on_its_batch_or_its_pages(geometry: str, row
 
 
 def test_a_row_of_many_is_the_row_of_one_step() -> None:
-    """Ragged or dense, ten times over, with or without LSE: the same bits."""
+    """Ten times over, with or without LSE, ragged sequences together or alone: the same bits."""
     call = make("128", [500, 65, 0, 300], 2)
     first, first_lse = rawattn.attention_with_kvcache(**fresh(call), return_lse=True)
     for _ in range(9):
         out, lse = rawattn.attention_with_kvcache(**fresh(call), return_lse=True)
         assert same_bits(out, first) and same_bits(lse, first_lse)
     assert same_bits(rawattn.attention_with_kvcache(**fresh(call)), first)
-    packed = {name: call[name].reshape(-1, *call[name].shape[2:]) for name in ("q", "k", "v")} | {
-        "cu_seqlens_q": device_ints([0, 2, 4, 6, 8])
-    }
-    assert same_bits(rawattn.attention_with_kvcache(**(fresh(call) | packed)).reshape(first.shape), first)
+    packed = {name: call[name].reshape(-1, *call[name].shape[2:]) for name in ("q", "k", "v")}
+    ragged = rawattn.attention_with_kvcache(**(fresh(call) | packed | {"cu_seqlens_q": device_ints([0, 2, 4, 6, 8])}))
+    for b in range(4):
+        rows = {name: x[2 * b : 2 * b + 2] for name, x in packed.items()}
+        own = {name: call[name][b : b + 1].copy() for name in ("k_cache", "v_cache", "cache_seqlens")}
+        alone = rawattn.attention_with_kvcache(**(fresh(call) | rows | own | {"cu_seqlens_q": device_ints([0, 2])}))
+        assert same_bits(alone, ragged[2 * b : 2 * b + 2])
 
 
 def test_one_length_for_all() -> None:
@@ -308,7 +311,8 @@ def test_a_graph_replays_with_new_lengths(framework: str, page_size: int | None)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = cp.from_dlpack(rawattn.attention_with_kvcache(**inputs))
+            result = rawattn.attention_with_kvcache(**inputs)
+        out = cp.from_dlpack(result)
         replay = graph.replay
     else:
         stream = cp.cuda.Stream(non_blocking=True)
@@ -337,7 +341,8 @@ def test_a_graph_replays_with_new_lengths(framework: str, page_size: int | None)
 def test_a_captured_step_of_a_cache(page_size: int | None) -> None:
     torch = torch_on_gpu()
     q, k, v = (torch.randn(2, 60, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (KV_HEADS * 4, KV_HEADS, KV_HEADS))
-    plain, cache = (rawattn.KVCache(2, 64, KV_HEADS, 128, like=q, page_size=page_size) for _ in range(2))
+    pages = None if page_size is None else 16  # forks need pages of their own
+    plain, cache = (rawattn.KVCache(2, 64, KV_HEADS, 128, like=q, page_size=page_size, pages=pages) for _ in range(2))
     step = [x[:, :1].clone() for x in (q, k, v)]
     for each in (plain, cache):
         each.append(k[:, :30], v[:, :30])

@@ -1,4 +1,7 @@
-"""`rawattn check`: the validation, 15 scenarios and four model geometries in float16 and bfloat16, each against float64."""
+"""`rawattn check`: the validation, 15 scenarios and four model geometries in float16 and bfloat16, each against float64.
+
+`rawattn check --model` is in check_model.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +26,7 @@ import numpy as np
 import rawattn
 from rawattn import compiler, reference
 
+from .check_model import check_model
 from .info import machine
 from .models import GEOMETRIES, Geometry
 
@@ -350,29 +355,53 @@ def _median_ms(call: Callable[[], Any]) -> float:
 
 @click.command(epilog="Scenarios: " + ", ".join([*SCENARIOS, *MODELS]) + ".")
 @click.argument("scenarios", nargs=-1, metavar="[SCENARIO]...", type=click.Choice([*SCENARIOS, *MODELS]))
+@click.option("--model", "model_file", type=click.Path(exists=True, path_type=Path), help="A model's file, to validate instead.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the N(0, 1) inputs.")
 @click.option("--json", "json_file", type=click.File("w", lazy=False), metavar="FILE", help="Write machine, versions and figures to FILE.")
 @click.pass_context
-def check(context: click.Context, scenarios: tuple[str, ...], seed: int, json_file: Any) -> None:
+def check(context: click.Context, scenarios: tuple[str, ...], model_file: Path | None, seed: int, json_file: Any) -> None:
     """Validate attention against float64 on this machine's GPU.
 
     Runs all scenarios, or those named, in fp16 and bf16. With no Hopper GPU it
-    checks the NumPy reference instead, at smaller shapes. Exit status: 0 if all
-    passed, 1 if not, 2 for a usage error.
+    checks the NumPy reference instead, at smaller shapes. With --model, runs a
+    language model with rawattn and in float32 with the reference, and compares.
+    Exit status: 0 if all passed, 1 if not, 2 for a usage error.
 
     \b
     Example:
         rawattn check prefill llama-3.1-8b --json check.json
     """
+    if model_file and scenarios:
+        raise click.UsageError("Give scenarios or --model.")
     start = time.perf_counter()
     facts = machine()
     try:
         compiler.check_gpu(compiler.current_device())
         on_gpu = True
-        click.echo(f"rawattn {rawattn.__version__} on {facts['gpu']['name']}, against float64, inputs N(0, 1), seed {seed}")
+        against = f"{model_file.name} against itself in float32" if model_file else f"against float64, inputs N(0, 1), seed {seed}"
+        click.echo(f"rawattn {rawattn.__version__} on {facts['gpu']['name']}, {against}")
     except compiler.UnsupportedEnvironment as problem:
         on_gpu = False
-        click.echo(f"{problem}.\nChecking the NumPy reference instead, at smaller shapes, against a naive float64 softmax, seed {seed}")
+        how = "slowly" if model_file else f"at smaller shapes, against a naive float64 softmax, seed {seed}"
+        click.echo(f"{problem}.\nChecking the NumPy reference instead, {how}")
+
+    if model_file:
+        try:
+            claims = check_model(model_file, on_gpu, progress)
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"{error}; pip install 'rawattn[examples]'") from error
+        except (FileNotFoundError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+        progress("")
+        for claim in claims:
+            click.echo(f"{'pass' if claim.holds else 'FAIL'}  {claim.name:<14} {claim.text}")
+        passed, seconds = all(claim.holds for claim in claims), time.perf_counter() - start
+        click.echo(f"{sum(claim.holds for claim in claims)} of {len(claims)} passed, {seconds:.0f} s")
+        if json_file:
+            report = _about(facts, on_gpu, seconds, passed) | {"model": model_file.name, "claims": [asdict(claim) for claim in claims]}
+            json.dump(report, json_file, indent=2)
+            json_file.write("\n")
+        context.exit(0 if passed else 1)
 
     every = {**SCENARIOS, **MODELS}
     chosen = [(i, name) for i, name in enumerate(every) if name in (scenarios or every)]
@@ -444,13 +473,8 @@ def _report(trials: list[Trial], facts: dict[str, Any], on_gpu: bool, seed: int,
     def number(x: Any) -> Any:
         return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON knows no NaN
 
-    return {
-        "passed": passed,
-        "computed_by": "gpu" if on_gpu else "reference",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 1),
+    return _about(facts, on_gpu, seconds, passed) | {
         "seed": seed,
-        "machine": facts,
         "scenarios": [
             {
                 "scenario": trial.scenario,
@@ -463,4 +487,14 @@ def _report(trials: list[Trial], facts: dict[str, Any], on_gpu: bool, seed: int,
             }
             for trial in trials
         ],
+    }
+
+
+def _about(facts: dict[str, Any], on_gpu: bool, seconds: float, passed: bool) -> dict[str, Any]:
+    return {
+        "passed": passed,
+        "computed_by": "gpu" if on_gpu else "reference",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "machine": facts,
     }
