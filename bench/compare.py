@@ -64,7 +64,7 @@ def kernel(inputs: Inputs, causal: bool, variant: Variant) -> tuple[Callable[[],
         out = rawattn.attention(q, k, v, causal=causal)
     (call,) = _local.plans.values()
     pointers = [x.data_ptr() for x in (q, k, v, out)]
-    return lambda: call.plan.launch(*pointers, 0, 0, 0, cupy.cuda.Stream.null), out
+    return lambda: call.plan.launch(cupy.cuda.Stream.null, *pointers), out
 
 
 def normal(shape: tuple[int, ...], dtype: str, gain: int = 1) -> Inputs:

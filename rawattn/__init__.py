@@ -1,6 +1,6 @@
 """rawattn: attention for NVIDIA Hopper GPUs, compiled at run time, with no torch in it."""
 
-from .attention import attention, attention_varlen, attention_with_kvcache
+from .attention import attention, attention_varlen, attention_with_kvcache, prepare
 from .compiler import CompileError, UnsupportedEnvironment
 from .kvcache import KVCache
 from .merge import merge_states
@@ -14,4 +14,5 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "merge_states",
+    "prepare",
 ]

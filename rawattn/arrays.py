@@ -104,7 +104,7 @@ def hand_back(array: Array, like: Array, inputs: Iterable[Array] = ()) -> Any:
 def current_stream(like: Array) -> Any:
     """The stream for work on `like`, as a CuPy stream: torch's current one of that device, or else CuPy's."""
     if like.framework == "torch":
-        return _foreign_stream(_torch_stream_pointer()(like.device), like.device)
+        return foreign_stream(torch_stream_pointer()(like.device), like.device)
     import cupy
 
     return cupy.cuda.get_current_stream(like.device)
@@ -237,7 +237,10 @@ def _view_dlpack(name: str, x: Any, framework: str = "cupy") -> Array:
 
 
 def _refuse_tracer(name: str, x: Any) -> NoReturn:
-    raise TypeError(f"{name} is a JAX tracer; attention() works on concrete arrays: call it outside jax.jit, jax.vmap and jax.grad")
+    raise TypeError(
+        f"{name} is a JAX tracer; attention() works on concrete arrays: call it outside jax.jit, jax.vmap and jax.grad, or call "
+        "rawattn.jax.attention(), which jax.jit and jax.vmap take"
+    )
 
 
 def _refuse(name: str, x: Any) -> NoReturn:
@@ -259,7 +262,8 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 
 
 @functools.cache
-def _torch_stream_pointer() -> Callable[[int | None], int]:
+def torch_stream_pointer() -> Callable[[int | None], int]:
+    """The function that gives the handle of torch's current stream on a device."""
     import torch
 
     # torch's own generated code calls the private function: it spares building a Stream object.
@@ -267,7 +271,8 @@ def _torch_stream_pointer() -> Callable[[int | None], int]:
 
 
 @functools.cache
-def _foreign_stream(pointer: int, device: int | None) -> Any:
+def foreign_stream(pointer: int, device: int | None) -> Any:
+    """A stream that another framework made, as a CuPy stream."""
     import cupy
 
     return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))

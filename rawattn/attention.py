@@ -1,9 +1,10 @@
-"""attention(), attention_varlen() and attention_with_kvcache(): check -> spec -> kernel -> launch."""
+"""attention(), attention_varlen(), attention_with_kvcache() and prepare(): check -> spec -> kernel -> launch."""
 
 from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from . import arrays, checks, launch, reference
 from .arrays import Array
 from .checks import UNBOUNDED, Window
 from .compiler import check_gpu, current_device
+from .prepared import Launcher, Prepared, access
 from .spec import KernelSpec
 from .tiles import is_short, split_rows
 
@@ -64,7 +66,58 @@ def attention(
     >>> rawattn.attention(q, k, v, causal=True).shape
     (1, 4, 8, 64)
     """
-    return _attend({"q": q, "k": k, "v": v}, causal, window, scale, out, return_lse)
+    inputs = {"q": q, "k": k, "v": v}
+    if out is not None:
+        inputs["out"] = out
+    return _attend(AttentionCall, inputs, checks.checked_options(causal, window, scale), return_lse)
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Prepared:
+    """attention() with its checks made now: `op = prepare(q, k, v, causal=True)`, then `op(q, k, v, out=out)` as often as wanted.
+
+    Args:
+        q, k, v, causal, window, scale, return_lse: as for attention(). The arrays are examples: neither read nor kept.
+
+    Returns:
+        op(q, k, v, *, out=None), for any arrays with the shapes, strides, dtypes, framework and device of the examples; out is contiguous.
+        It compares these, looks whether addresses are multiples of 16 bytes, and encodes a tensor map anew only where an address
+        changed. What differs is a ValueError. Threads may share it.
+
+    Raises:
+        As attention(). On a GPU the kernel is compiled and loaded here, not at the first call.
+
+    >>> import numpy as np, rawattn
+    >>> q = k = v = np.ones((1, 4, 8, 64), np.float16)
+    >>> op = rawattn.prepare(q, k, v, causal=True)
+    >>> op(q, k, v).shape
+    (1, 4, 8, 64)
+    >>> op(q, k[:, :3], v)
+    Traceback (most recent call last):
+    ValueError: k has shape (1, 3, 8, 64); needed: (1, 4, 8, 64), as prepared
+    """
+    options = {"causal": causal, "window": window, "scale": scale, "return_lse": return_lse}
+    views = _views({"q": q, "k": k, "v": v})
+    call = AttentionCall(views, *checks.checked_options(causal, window, scale))
+    if call.device is not None:
+        call.check_device()
+    out = arrays.empty(views["q"], call.out_shape, views["q"].dtype)
+    launcher, fast = None, access(type(q))
+    if fast is not None and call.device is not None and not any(0 in a.shape for a in (*views.values(), out)):
+        import cupy
+
+        with cupy.cuda.Device(call.device):
+            call.make_plan(views, out)
+        launcher = Launcher(fast, call, views, return_lse)
+    return Prepared(views | {"out": out}, options, launcher, attention)
 
 
 def attention_varlen(
@@ -103,7 +156,9 @@ def attention_varlen(
     (7, 2, 64)
     """
     inputs = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return _attend(inputs, causal, window, scale, out, return_lse)
+    if out is not None:
+        inputs["out"] = out
+    return _attend(AttentionCall, inputs, checks.checked_options(causal, window, scale), return_lse)
 
 
 def attention_with_kvcache(
@@ -186,39 +241,48 @@ def attention_with_kvcache(
         "k": k, "v": v, "page_table": page_table, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
         "cu_seqlens_q": cu_seqlens_q, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "out": out,
     }  # fmt: skip
-    one_length = isinstance(cache_seqlens, (int, np.integer)) and not isinstance(cache_seqlens, bool)
-    if not one_length:
-        inputs["cache_seqlens"] = cache_seqlens
-    views = _views(inputs | {name: x for name, x in optional.items() if x is not None})
-    call = _checked_call(_CacheCall, views, causal, window, scale, bool(rotary_interleaved))
-    if one_length:
-        views = call.with_length(views, cache_seqlens)
-    return call.on_host(views, return_lse) if call.device is None else call.on_device(views, return_lse)
+    given = {name: x for name, x in optional.items() if x is not None}
+    options = (*checks.checked_options(causal, window, scale), bool(rotary_interleaved))
+    if isinstance(cache_seqlens, (int, np.integer)) and not isinstance(cache_seqlens, bool):
+        views = _views(inputs | given)
+        call = _checked_call(CacheCall, views, options)
+        return call(call.with_length(views, cache_seqlens), return_lse)
+    return _attend(CacheCall, inputs | {"cache_seqlens": cache_seqlens} | given, options, return_lse)
 
 
 _lengths_made: dict[tuple[int, int, int], Any] = {}  # never emptied, for captured graphs read them
 _local = threading.local()  # plans fill their argument block in place, so each thread has its own
 
 
-def _attend(inputs: dict[str, Any], causal: bool | str, window: Window | None, scale: float | None, out: Any, return_lse: bool) -> Any:
-    views = _views(inputs | {"out": out} if out is not None else inputs)
-    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
-        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
-    call = _checked_call(_AttentionCall, views, causal, window, scale)
-    return call.on_host(views, return_lse) if call.device is None else call.on_device(views, return_lse)
+def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, return_lse: bool) -> Any:
+    """The result of a call of that kind. Where arrays of this geometry have been found right before, it is launched at once."""
+    q = inputs["q"]
+    fast = access(type(q)) if len(set(map(type, inputs.values()))) == 1 else None
+    if fast is not None:
+        found = [fast.read(x) for x in inputs.values()]
+        key = (kind, type(q), options, return_lse, *inputs, *[geometry for _, geometry in found])
+        launchers = _local.__dict__.setdefault("launchers", {})
+        launcher = launchers.get(key)
+        if launcher is not None:
+            result = launcher(q, [pointer for pointer, _ in found], inputs.get("out"))
+            if result is not None:
+                return result
+    views = _views(inputs)
+    call = _checked_call(kind, views, options)
+    result = call(views, return_lse)
+    if fast is not None and call.plan is not None:
+        if len(launchers) >= PLANS_KEPT:
+            launchers.clear()
+        launchers[key] = Launcher(fast, call, views, return_lse)
+    return result
 
 
 def _views(inputs: dict[str, Any]) -> dict[str, Array]:
     return {name: arrays.view(name, x) for name, x in inputs.items()}
 
 
-def _checked_call(
-    kind: Callable[..., Any], views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None, *more: Any
-) -> Any:
+def _checked_call(kind: Callable[..., Any], views: dict[str, Array], options: tuple) -> Any:
     """The call of that kind on arrays of this geometry: one that was found right before, or else a new one."""
-    window = None if window is None else checks.checked_window(window)
-    scale = None if scale is None else checks.checked_scale(scale)
-    options = (causal, window, scale, *more)
     key = (kind, options, *views, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
     plans = _local.__dict__.setdefault("plans", {})
     call = plans.get(key)
@@ -231,7 +295,7 @@ def _checked_call(
     return call
 
 
-class _Call:
+class Call(ABC):
     """A call whose arguments have been found right. It is kept for the next call on arrays of the same geometry, and keeps no array."""
 
     def __init__(self, q: Array, v: Array, batch: int, causal: bool | str, window: Window | None, scale: float | None):
@@ -243,6 +307,9 @@ class _Call:
         self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.masks: dict[str, Any] = {"causal": causal, "window": window, "scale": self.scale}
         self.plan: Any = None
+
+    def __call__(self, views: dict[str, Array], return_lse: bool) -> Any:
+        return self.on_host(views, return_lse) if self.device is None else self.on_device(views, return_lse)
 
     def on_host(self, views: dict[str, Array], return_lse: bool) -> Any:
         q = views["q"]
@@ -262,34 +329,38 @@ class _Call:
             alignment = 4 if array.dtype == "int32" else 16
             if array.pointer % alignment:
                 raise ValueError(f"{name} starts at address {array.pointer:#x}; needed: a multiple of {alignment} bytes")
-        assert q.device is not None
         if self.plan is None:
-            current_device()  # says what is missing where there is no driver
-            check_gpu(q.device)
+            self.check_device()
+        inputs = {name: a for name, a in views.items() if name != "out"}
         out = views.get("out") or arrays.empty(q, self.out_shape, q.dtype)
         lse = arrays.empty(q, self.lse_shape, "float32") if return_lse else None
         import cupy
 
         stream = arrays.current_stream(q)
         if cupy.cuda.runtime.getDevice() == q.device:
-            self._launch(views, out, lse, stream)
+            self.launch(inputs, out, lse, stream)
         else:
             with cupy.cuda.Device(q.device):
-                self._launch(views, out, lse, stream)
-        inputs = tuple(views.values())
-        result = arrays.hand_back(out, q, inputs)
-        return (result, arrays.hand_back(lse, q, inputs)) if lse is not None else result
+                self.launch(inputs, out, lse, stream)
+        read = tuple(inputs.values())
+        result = arrays.hand_back(out, q, read)
+        return (result, arrays.hand_back(lse, q, read)) if lse is not None else result
 
+    def check_device(self) -> None:
+        current_device()  # says what is missing where there is no driver
+        assert self.device is not None
+        check_gpu(self.device)
+
+    @abstractmethod
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        """On the current device: the work, queued on `stream`."""
+
+    @abstractmethod
     def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """On the host: out and LSE in float64."""
-        raise NotImplementedError
-
-    def _launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        """On the current device: the work, queued on `stream`."""
-        raise NotImplementedError
 
 
-class _AttentionCall(_Call):
+class AttentionCall(Call):
     def __init__(self, views: dict[str, Array], causal: bool | str, window: Window | None, scale: float | None):
         q, k, v = views["q"], views["k"], views["v"]
         self.varlen = "cu_seqlens_q" in views
@@ -313,23 +384,27 @@ class _AttentionCall(_Call):
         compute = reference.attention_varlen if self.varlen else reference.attention
         return compute(**inputs, **self.masks, return_lse=True)
 
-    def _launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        q, k, v = views["q"], views["k"], views["v"]
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
         if 0 in out.shape:
             return
         if 0 in k.shape or self.batch == 0:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
         if self.plan is None:
-            self.plan = launch.Plan(
-                self.spec, q, k, v, out,
-                batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
-            )  # fmt: skip
-        cu_q, cu_k = (views["cu_seqlens_q"].pointer, views["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
+            self.make_plan(inputs, out)
+        cu_q, cu_k = (inputs["cu_seqlens_q"].pointer, inputs["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
         self.plan.launch(stream, q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k)
 
+    def make_plan(self, inputs: dict[str, Array], out: Array) -> None:
+        """Compiles or loads the kernel. On the current device."""
+        self.plan = launch.Plan(
+            self.spec, inputs["q"], inputs["k"], inputs["v"], out,
+            batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
+        )  # fmt: skip
 
-class _CacheCall(_Call):
+
+class CacheCall(Call):
     def __init__(self, views: dict[str, Array], causal: bool, window: Window | None, scale: float | None, interleaved: bool):
         checks.check_cache(views)
         super().__init__(views["q"], views["v_cache"], checks.batch_of(views), causal, window, scale)
@@ -350,16 +425,15 @@ class _CacheCall(_Call):
             reference.append_to_cache(**written, rotary_interleaved=self.interleaved)
         return result
 
-    def _launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
+    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
         if 0 in out.shape:
             return
-        if self.capacity == 0 or 0 in views["k_cache"].shape or self.batch == 0:
+        if self.capacity == 0 or 0 in inputs["k_cache"].shape or self.batch == 0:
             _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
             return
-        views = {name: a for name, a in views.items() if name != "out"}
         if self.plan is None:
-            self.plan = launch.CachePlan(views, out, left=self.left, right=self.right, scale=self.scale, interleaved=self.interleaved)
-        self.plan.launch(views, out, lse, stream)
+            self.plan = launch.CachePlan(inputs, out, left=self.left, right=self.right, scale=self.scale, interleaved=self.interleaved)
+        self.plan.launch(inputs, out, lse, stream)
 
 
 def _equal_lengths(length: int, batch: int, q: Array) -> Array:

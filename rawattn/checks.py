@@ -165,7 +165,13 @@ def checked_length(length: int, new_rows: int, capacity: int) -> int:
     return int(length)
 
 
-def checked_scale(scale: float) -> float:
+def checked_options(causal: bool | str, window: Window | None, scale: float | None) -> tuple[bool | str, Window | None, float | None]:
+    if not isinstance(causal, (bool, np.bool_)) and causal != "top-left":
+        raise ValueError(f"causal is {causal!r}; needed: False, True or 'top-left'")
+    return causal, None if window is None else _checked_window(window), None if scale is None else _checked_scale(scale)
+
+
+def _checked_scale(scale: float) -> float:
     if not isinstance(scale, (int, float, np.integer, np.floating)):
         raise TypeError(f"scale is {scale!r}; needed: a finite number above 0")
     if not 1e-37 <= scale <= 1e38:  # float32 holds it times log2(e); NaN fails
@@ -173,7 +179,7 @@ def checked_scale(scale: float) -> float:
     return float(scale)
 
 
-def checked_window(window: Window) -> Window:
+def _checked_window(window: Window) -> Window:
     if not isinstance(window, Sequence) or len(window) != 2:
         raise ValueError(f"window is {window!r}; needed: (left, right)")
     for side in window:

@@ -268,7 +268,7 @@ def test_as_cupy_of_torch_memory(dtype: str) -> None:
 def test_current_stream_is_torchs_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
     current = {0: 0x7000, 1: 0}
-    monkeypatch.setattr(arrays, "_torch_stream_pointer", lambda: current.__getitem__)
+    monkeypatch.setattr(arrays, "torch_stream_pointer", lambda: current.__getitem__)
     stream = arrays.current_stream(gpu_array("torch", 0))
     assert stream.ptr == 0x7000 and stream is arrays.current_stream(gpu_array("torch", 0))
     assert arrays.current_stream(gpu_array("torch", 1)).ptr == 0

@@ -379,9 +379,8 @@ def _host_calls(implementations: list[peers.Implementation]) -> Iterator[Piece]:
         "an empty CuPy launch": launch,
         "rawattn.attention, CuPy": partial(rawattn.attention, q, k, v, causal=True),
         "rawattn.attention, CuPy, out=": partial(rawattn.attention, q, k, v, causal=True, out=rawattn.attention(q, k, v, causal=True)),
+        "rawattn.prepare, CuPy, out=": partial(rawattn.prepare(q, k, v, causal=True), q, k, v, out=rawattn.attention(q, k, v, causal=True)),
     }
-    if prepare := getattr(rawattn, "prepare", None):
-        calls["rawattn.prepare, CuPy, out="] = partial(prepare(*arrays, causal=True), *arrays, out=rawattn.attention(*arrays, causal=True))
     contexts = {}
     for each in implementations[1:]:
         if isinstance(each, peers.Torch) and "rawattn.attention, torch" not in calls:

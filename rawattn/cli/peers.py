@@ -37,10 +37,7 @@ class Implementation:
         """Attention of new queries to a full cache (B, S, Hkv, D), whose lengths the device reads."""
         lengths = timing.full_lengths(k)
         out = type(q)((*q.shape[:3], v.shape[3]), q.dtype)  # made here: a captured call must not allocate
-        with_kvcache = getattr(rawattn, "attention_with_kvcache", None)
-        if with_kvcache is None:
-            return partial(rawattn.attention, q, k, v, out=out)
-        return partial(with_kvcache, q, k, v, cache_seqlens=lengths, out=out)
+        return partial(rawattn.attention_with_kvcache, q, k, v, cache_seqlens=lengths, out=out)
 
     def context(self) -> AbstractContextManager[Any]:
         """To be entered around the calls."""
