@@ -16,7 +16,7 @@ from rawattn.compiler import CompileReport, UnsupportedEnvironment, compile_cubi
 from rawattn.spec import DTYPES, MASKS, AppendSpec, KernelSpec
 from rawattn.tiles import SHARED_MEMORY_OF_SM, SPLIT_TABLE, TABLE, tile_for
 
-# The largest dims of each row in every variant, then dims that fill no slab of 64 columns, with a ratio that is no power of two, then pages.
+# The largest dims of each row in every variant; dims that fill no slab of 64 columns, with a ratio that is no power of two; pages.
 PLAIN = [
     KernelSpec(dtype, head_dim, head_dim_v, 4, mask, varlen)
     for head_dim, head_dim_v, masks, _ in TABLE
@@ -27,7 +27,7 @@ PLAIN += [KernelSpec("bfloat16", head_dim, head_dim_v, 4, masks[-1], True, page_
 
 
 def split_specs() -> Iterator[KernelSpec]:
-    """Each row with each mask and dtype: of the two dtypes one without pages and one with, in turn, and pages of one row, 16, and a block."""
+    """Each row, mask and dtype: in turn, one dtype without pages and the other with pages of one row, 16 rows or a block."""
     turn = itertools.count()
     for (head_dim, head_dim_v, tile), mask in itertools.product(SPLIT_TABLE, MASKS):
         number = next(turn)

@@ -1,4 +1,4 @@
-"""Tiles, their order, their key blocks and their splits as pure functions: tiles.py, and what the kernel has of them, compiled for the host."""
+"""Tiles, their order, their key blocks and their splits as pure functions: tiles.py, and the kernel's part, on the host."""
 
 from __future__ import annotations
 
@@ -394,7 +394,8 @@ static void walk(int lane) {
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
 // The splits that CTA `cta` of `ctas` takes, in its order; returns how many there are.
-extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right, int size, WorkTile* tiles) {
+extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
+                     int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
     args.batch = batch, args.heads = heads, args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k;
@@ -429,7 +430,7 @@ def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, cty
     """attention_forward.cu up to the end of struct TileList, for each of SPLIT_SPECS."""
     kernel = (CUDA_SRC / "attention_forward.cu").read_text(encoding="utf-8")
     kernel, _ = kernel.split("__device__ __forceinline__ Mask tile_mask", 1)
-    kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)
+    kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
     folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}
     for spec in SPLIT_SPECS:
         constants = "\n".join(re.findall(r"^constexpr \w+ \w+ = \w+;$", source(spec), re.MULTILINE))
@@ -472,7 +473,10 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
 ) -> None:
     sequence = st.tuples(st.integers(0, 3), st.one_of(st.integers(0, 200), st.integers(0, 20000)))
     long = st.tuples(st.integers(0, 70), st.integers(0, 3000))
-    sequences = data.draw(st.one_of(st.lists(sequence, min_size=1, max_size=70), st.lists(long, min_size=1, max_size=5)), "sequences")
+    batches = st.one_of(  # a warp looks at 32 sequences at a time
+        st.lists(sequence, min_size=1, max_size=32), st.lists(sequence, min_size=33, max_size=70), st.lists(long, min_size=1, max_size=5)
+    )
+    sequences = data.draw(batches, "sequences")
     q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
     ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
@@ -518,7 +522,8 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
 def test_how_keys_are_split_depends_on_the_sequence_alone(
     tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
 ) -> None:
-    sequences = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20000)), min_size=2, max_size=40), "sequences")
+    sequence = st.tuples(st.integers(1, 40), st.integers(0, 20000))
+    sequences = data.draw(st.lists(sequence, min_size=2, max_size=40), "sequences")
     q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
     heads, b = data.draw(st.integers(1, 4), "heads"), data.draw(st.integers(0, len(sequences) - 1), "which")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (1000, 0)}[spec.mask]
