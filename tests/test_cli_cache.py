@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from rawattn import compiler
 from rawattn.cli import main, models, warmup
 from rawattn.compiler import CompileError, UnsupportedEnvironment
-from rawattn.spec import KernelSpec
+from rawattn.spec import AppendSpec, KernelSpec
 
 SPEC = KernelSpec("bfloat16", 128, 128, 4, "causal")
 OTHER = KernelSpec("float16", 64, 64, 1, "full", varlen=True)
@@ -36,25 +36,36 @@ def compiles(compiles: list[KernelSpec], monkeypatch: pytest.MonkeyPatch) -> lis
 # ---- warmup
 
 
-def test_a_model_is_its_geometry_in_both_dtypes_masks_and_layouts(compiles: list[KernelSpec], folder: Path) -> None:
+def test_a_model_is_its_geometry_in_both_dtypes_masks_and_all_layouts(compiles: list[KernelSpec], folder: Path) -> None:
     result = run("warmup", "--model", "qwen-2.5-7b")
     assert result.exit_code == 0, result.output
     expected = {
-        KernelSpec(dtype, 128, 128, 7, mask, varlen)
+        KernelSpec(dtype, 128, 128, 7, mask, *layout)
         for dtype in ("float16", "bfloat16")
         for mask in ("causal", "full")
-        for varlen in (False, True)
-    }
-    assert set(compiles) == expected and len(compiles) == 8
-    assert f"8 compiled, 0 cached; {folder}\n" in result.stdout
+        for layout in ((False,), (True,), (True, 64), (True, 128))
+    } | {AppendSpec("float16"), AppendSpec("bfloat16")}
+    assert set(compiles) == expected and len(compiles) == 18
+    assert f"18 compiled, 0 cached; {folder}\n" in result.stdout
     for spec in expected:
-        assert any(line.split()[0] == spec.name and line.endswith(" s") for line in result.stdout.splitlines()[:8])
+        assert any(line.split()[0] == spec.name and line.endswith(" s") for line in result.stdout.splitlines()[:18])
+
+
+def test_a_page_size_adds_the_kernels_that_look_pages_up(compiles: list[KernelSpec]) -> None:
+    assert run("warmup", "--head-dim", 192, "--head-dim-v", 128, "--gqa", 2, "--dtype", "bf16", "--mask", "causal").exit_code == 0
+    del compiles[:]
+    arguments = "warmup --head-dim 192 --head-dim-v 128 --gqa 2 --dtype bf16 --mask causal --page-size 96".split()
+    result = run(*arguments)
+    assert result.exit_code == 0 and "3 compiled, 5 cached" in result.stdout
+    variants = [("causal", 0), ("causal", 64), ("full", 64)]  # 96 rows are cut into pieces that blocks of 128 or of 64 keys consist of
+    assert set(compiles) == {KernelSpec("bfloat16", 192, 128, 2, mask, True, rows, 32) for mask, rows in variants}
 
 
 def test_models_that_share_a_geometry_share_kernels(compiles: list[KernelSpec]) -> None:
     arguments = [x for name in models.GEOMETRIES for x in ("--model", name)]
     assert run("warmup", *arguments).exit_code == 0
-    assert len(compiles) == len(set(compiles)) == 3 * 8 and {spec.gqa_ratio for spec in compiles} == {4, 7, 12}
+    assert len(compiles) == len(set(compiles)) == 3 * 16 + 2
+    assert {spec.gqa_ratio for spec in compiles if isinstance(spec, KernelSpec)} == {4, 7, 12}
 
 
 def test_options_choose_one_variant_and_the_second_time_it_is_cached(compiles: list[KernelSpec]) -> None:
@@ -75,7 +86,7 @@ def test_one_that_fails_is_named_and_the_others_are_kept(compiles: list[KernelSp
     monkeypatch.setattr(compiler, "compile_cubin", fail_on_bf16)
     result = run("warmup", "--head-dim", 128, "--gqa", 4, "--mask", "causal", "--dense")
     assert result.exit_code == 1
-    assert "attn_fwd_bf16_d128_gqa4_causal             FAILED\n" in result.stdout
+    assert f"{SPEC.name:<48}   FAILED\n" in result.stdout
     assert "1 compiled, 0 cached, 1 failed;" in result.stdout
     assert "Error: NVRTC 12.9 cannot compile attn_fwd_bf16_d128_gqa4_causal: no\n" in result.stderr
     assert compiler.is_cached(KernelSpec("float16", 128, 128, 4, "causal"))
@@ -101,6 +112,8 @@ def test_no_jit_proves_that_nothing_is_missing(compiles: list[KernelSpec], monke
         ("--head-dim 128 --gqa 0", "gqa_ratio is 0; needed: 1 or more"),
         ("--model gpt-9", "'gpt-9' is not one of"),
         ("--model mistral-7b --mask tree", "'tree' is not one of"),
+        ("--model mistral-7b --page-size 0", "0 is not in the range x>=1"),
+        ("--model mistral-7b --page-size 16 --dense", "Give --page-size without --varlen and --dense"),
     ],
 )
 def test_usage_errors(compiles: list[KernelSpec], arguments: str, sentence: str) -> None:

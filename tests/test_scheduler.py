@@ -1,4 +1,4 @@
-"""Tiles, their order and their key blocks as pure functions: tiles.py, and the scheduler.cuh and mask.cuh of the kernel on the host."""
+"""Tiles, their order, their key blocks and their splits as pure functions: tiles.py, and the kernel's part, on the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,16 @@ from rawattn.checks import LONGEST, window_bounds
 from rawattn.compiler import CUDA_SRC, source
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, TABLE, tile_for
+from rawattn.tiles import (
+    MAX_SPLITS,
+    SHARED_MEMORY_LIMIT,
+    SHARED_MEMORY_OF_SM,
+    SPLIT_TABLE,
+    SPLITS_OF_A_SEQUENCE,
+    TABLE,
+    split_rows,
+    tile_for,
+)
 
 # Every row of the tile table with every mask that it serves.
 SPECS = [KernelSpec("bfloat16", head_dim, head_dim_v, 4, mask) for head_dim, head_dim_v, masks, _ in TABLE for mask in masks]
@@ -25,13 +35,27 @@ each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 examples = settings(deadline=None)
 
 # The constants that the kernel has from its generated prologue are template parameters here, so that one build holds every variant.
-PROLOGUE = """
+HOST = """
 #include <algorithm>
 using std::max, std::min;
 #define __device__
 #define __forceinline__ inline
-constexpr int SPLITS_OF_A_SEQUENCE = 128, MAX_SPLITS = 32;
+"""
+PROLOGUE = f"""
+{HOST}
+constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_SPLITS};
 #include "scheduler.cuh"
+"""
+FUNCTIONS = """
+extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest) {
+    Places places{m_blocks, heads};
+    places.split(begin, end, fewest);
+    return places;
+}
+
+extern "C" int items(Places places) { return places.items(); }
+extern "C" int count(Places places) { return places.count(); }
+extern "C" int at_or_after(Places places, int place) { return places.at_or_after(place); }
 
 template <int TILE_N, bool BOUND_LEFT, bool BOUND_RIGHT>
 struct Variant {
@@ -76,6 +100,16 @@ class KeyBlocks(ctypes.Structure):
     full_end: int
 
 
+class Places(ctypes.Structure):
+    """struct Places of scheduler.cuh"""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("m_blocks", "heads", "first_block", "blocks", "splits", "cost")]
+    first_block: int
+    blocks: int
+    splits: int
+    cost: int
+
+
 class DeviceCode:
     """The kernel's functions in a shared library of the host."""
 
@@ -87,6 +121,11 @@ class DeviceCode:
         places = np.empty((m_blocks * heads, 2), np.intc)
         self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
+
+    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int) -> Places:
+        function = self.compiled["split"]
+        function.restype = Places
+        return function(m_blocks, heads, begin, end, fewest)
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
@@ -102,18 +141,21 @@ class DeviceCode:
 
 @pytest.fixture(scope="module")
 def device_code(tmp_path_factory: pytest.TempPathFactory) -> DeviceCode:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (c++ or g++) is on the PATH")
-    text = PROLOGUE
+    text = PROLOGUE + FUNCTIONS
     for spec in SPECS:
         constants = dict(re.findall(r"^constexpr \w+ (\w+) = (\w+);$", source(spec), re.MULTILINE))
         text += VARIANT.format(name=spec.name, **constants)
-    library = tmp_path_factory.mktemp("device_code") / "device_code.so"
+    return DeviceCode(compiled_for_the_host(text, tmp_path_factory.mktemp("device_code") / "device_code.so"))
+
+
+def compiled_for_the_host(text: str, library: Path) -> ctypes.CDLL:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (c++ or g++) is on the PATH")
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", str(CUDA_SRC), "-x", "c++", "-", "-o", str(library)]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return DeviceCode(ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(library))
 
 
 def lengths(block: int) -> st.SearchStrategy[int]:
@@ -213,3 +255,283 @@ def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
         assert all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec  # what setmaxnreg takes
         assert 128 * (producer + tile.consumer_warpgroups * consumer) <= 65536, spec
         assert tile.tile_n // 2 + tile.tile_n // 4 + spec.head_dim_v // 2 < consumer, spec  # scores, P and output
+
+
+def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_multiprocessor() -> None:
+    dims = range(8, 257, 8)
+    reached = set()
+    for dtype, head_dim, head_dim_v, ratio, rows_q in itertools.product(DTYPES, dims, dims, (1, 7, 64, 67), (None, 0, 1, 9, 100)):
+        rows = split_rows(head_dim, head_dim_v, ratio, 2, rows_q)
+        if rows == 0:
+            continue
+        spec = KernelSpec(dtype, head_dim, head_dim_v, ratio, "causal", True, rows)
+        tile = tile_for(spec)
+        reached.add(id(tile))
+        assert id(tile) in {id(row) for *_, row in SPLIT_TABLE}, spec
+        assert tile.tile_m == rows and ratio % spec.pack == 0 and spec.pack <= rows, spec
+        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec
+        assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
+        producer, consumer = tile.registers
+        assert tile.registers == (0, 0) or all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec
+        assert 128 * tile.ctas_per_sm * (producer + tile.consumer_warpgroups * consumer) <= 65536, spec
+    assert reached == {id(tile) for *_, tile in SPLIT_TABLE}
+
+
+@examples
+@given(st.sampled_from([64, 128, 192, 256]), st.sampled_from([1, 4, 7, 8, 32, 67]), st.integers(1, 64), st.integers(1, 5000))
+def test_keys_are_split_where_a_sequence_alone_would_leave_half_of_the_gpu_idle(
+    head_dim: int, ratio: int, kv_heads: int, rows_q: int
+) -> None:
+    rows = split_rows(head_dim, head_dim, ratio, kv_heads, rows_q)
+    if rows_q * ratio <= 64:
+        assert rows == 64  # whatever the batch, so that one token's bits are its own
+    else:
+        chunk = split_rows(head_dim, head_dim, ratio, kv_heads, None)
+        tiles = -(-rows_q * ratio // chunk) * kv_heads
+        assert rows == (chunk if 2 * tiles <= SPLITS_OF_A_SEQUENCE else 0)
+
+
+# ---- splits
+
+few = st.integers(1, 300)
+
+
+@examples
+@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4))
+def test_splits_are_equal_and_cover_the_keys(
+    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int
+) -> None:
+    places = device_code.split(m_blocks, heads, begin, begin + total, fewest)
+    total = max(0, total)
+    assert places.first_block == begin and places.cost == places.blocks + 1
+    assert 1 <= places.splits <= MAX_SPLITS
+    # All have `blocks` blocks but the last, which has the rest; a tile that sees nothing has one split of nothing.
+    sizes = [min(places.blocks, total - split * places.blocks) for split in range(places.splits)]
+    assert sum(sizes) == total and (total == 0 or min(sizes) > 0)
+    assert places.splits >= min(fewest, total)
+    # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
+    wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
+    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(1, -(-total // max(wanted, fewest, 1)))
+    compiled = device_code.compiled
+    assert compiled["items"](places) == m_blocks * heads * places.splits
+    assert compiled["count"](places) == m_blocks * heads * places.splits * (places.blocks + 1)
+
+
+@examples
+@given(few, few, st.integers(0, 4000), st.data())
+def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, heads: int, total: int, data: st.DataObject) -> None:
+    places = device_code.split(m_blocks, heads, 0, total, 1)
+    place = data.draw(st.integers(-5, device_code.compiled["count"](places)), "place")
+    item = device_code.compiled["at_or_after"](places, place)
+    assert item * places.cost >= max(0, place) > (item - 1) * places.cost
+
+
+# ---- shares: struct TileList of the kernel, read by a warp of 32 contexts that take turns and meet in each intrinsic
+
+WARP = """
+#include <cstdint>
+#include <ucontext.h>
+
+struct Number { int x; };
+struct float2 { float x, y; };
+struct alignas(64) TensorMap { char bytes[128]; };
+
+static Number blockIdx, gridDim, threadIdx;
+static ucontext_t lanes[32], caller;
+
+// Every lane calls it with its value; returns those of all. Two sets in turn, for a lane writes the next before the last has read these.
+const int* meet(int value) {
+    static int sets[2][32], times[32];
+    const int lane = threadIdx.x;
+    int* values = sets[times[lane]++ % 2];
+    values[lane] = value;
+    swapcontext(&lanes[lane], &lanes[(lane + 1) % 32]);
+    threadIdx.x = lane;
+    return values;
+}
+int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+void __syncwarp() { meet(0); }
+int __shfl_sync(unsigned, int value, int lane) { return meet(value)[lane]; }
+int __shfl_up_sync(unsigned, int value, int distance) {
+    const int lane = threadIdx.x;
+    const int* values = meet(value);
+    return values[lane < distance ? lane : lane - distance];
+}
+int __reduce_add_sync(unsigned, int value) {
+    const int* values = meet(value);
+    int sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += values[lane];
+    return sum;
+}
+uint32_t __ballot_sync(unsigned, bool value) {
+    const int* values = meet(value);
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= uint32_t(values[lane]) << lane;
+    return bits;
+}
+"""
+SHARES = """
+static const Arguments* arguments;
+static WorkTile slots[TILE_SLOTS], *written;
+static int room, found;
+
+// As produce() walks it.
+static void walk(int lane) {
+    threadIdx.x = lane;
+    TileList list;
+    int place = list.begin(*arguments);
+    for (int slot = 0;; slot = (slot + 1) % TILE_SLOTS) {
+        place = list.find(*arguments, place, slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], slots[slot]);
+        __syncwarp();
+        if (slots[slot].first_row < 0) return;
+        if (lane == 0) {
+            if (found < room) written[found] = slots[slot];
+            ++found;
+        }
+    }
+}
+
+extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
+
+// The splits that CTA `cta` of `ctas` takes, in its order; returns how many there are.
+extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
+                     int size, WorkTile* tiles) {
+    static char stacks[32][1 << 16];
+    Arguments args{};
+    args.batch = batch, args.heads = heads, args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k;
+    args.left = left, args.right = right, args.bottom_right = 1;
+    arguments = &args, blockIdx.x = cta, gridDim.x = ctas;
+    written = tiles, room = size, found = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        getcontext(&lanes[lane]);
+        lanes[lane].uc_stack.ss_sp = stacks[lane], lanes[lane].uc_stack.ss_size = sizeof stacks[lane];
+        lanes[lane].uc_link = lane < 31 ? &lanes[lane + 1] : &caller;
+        makecontext(&lanes[lane], reinterpret_cast<void (*)()>(walk), 1, lane);
+    }
+    swapcontext(&caller, &lanes[0]);
+    return found;
+}
+"""
+SPLIT_SPECS = [
+    KernelSpec("bfloat16", 128, 128, 4, "full", True, 64),
+    KernelSpec("bfloat16", 128, 128, 7, "causal", True, 128),
+    KernelSpec("bfloat16", 64, 64, 1, "window", True, 64),
+]
+# struct WorkTile of attention_forward.cu
+WORK_TILE = (
+    "first_row", "head", "batch", "q_start", "q_length", "q_row", "q_offset", "q_batch", "k_length", "k_row", "k_offset", "k_batch",
+    "first_block", "end_block", "split", "splits", "run_begin", "run_end", "first_splits", "slot",
+)  # fmt: skip
+Split = dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, ctypes.CDLL]:
+    """attention_forward.cu up to the end of struct TileList, for each of SPLIT_SPECS."""
+    kernel = (CUDA_SRC / "attention_forward.cu").read_text(encoding="utf-8")
+    kernel, _ = kernel.split("__device__ __forceinline__ Mask tile_mask", 1)
+    kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
+    folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}
+    for spec in SPLIT_SPECS:
+        constants = "\n".join(re.findall(r"^constexpr \w+ \w+ = \w+;$", source(spec), re.MULTILINE))
+        libraries[spec] = compiled_for_the_host(HOST + constants + WARP + kernel + SHARES, folder / f"{spec.name}.so")
+        assert libraries[spec]["words_of_a_tile"]() == len(WORK_TILE)
+    return libraries
+
+
+def shares(library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window) -> list[list[Split]]:
+    """The splits that each CTA takes, in its order."""
+    ends = [np.cumsum([0, *lengths], dtype=np.intc) for lengths in (q_lengths, k_lengths)]
+    buffer = np.empty((4096, len(WORK_TILE)), np.intc)
+    pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*ends, buffer)]
+    result = []
+    for cta in range(ctas):
+        found = library["share"](cta, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2])
+        assert found <= len(buffer)
+        result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
+    return result
+
+
+def by_tile(shares: list[list[Split]]) -> dict[tuple[int, ...], list[tuple[int, Split]]]:
+    """(batch, head, first_row) -> its splits, each with the CTA that has it, in the order of the CTAs."""
+    tiles: dict[tuple[int, ...], list[tuple[int, Split]]] = {}
+    for cta, share in enumerate(shares):
+        for split in share:
+            tiles.setdefault((split["batch"], split["head"], split["first_row"]), []).append((cta, split))
+    return tiles
+
+
+def cost(split: Split) -> int:
+    return split["end_block"] - split["first_block"] + 1
+
+
+@pytest.mark.parametrize("spec", SPLIT_SPECS, ids=lambda spec: spec.name)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
+    tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
+) -> None:
+    sequence = st.tuples(st.integers(0, 3), st.one_of(st.integers(0, 200), st.integers(0, 20000)))
+    long = st.tuples(st.integers(0, 70), st.integers(0, 3000))
+    batches = st.one_of(  # a warp looks at 32 sequences at a time
+        st.lists(sequence, min_size=1, max_size=32), st.lists(sequence, min_size=33, max_size=70), st.lists(long, min_size=1, max_size=5)
+    )
+    sequences = data.draw(batches, "sequences")
+    q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
+    ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
+    window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
+    taken = shares(tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
+
+    tiles = by_tile(taken)
+    tile_rows, tile_n = tile_for(spec).tile_m // spec.pack * spec.pack, tile_for(spec).tile_n
+    expected = [range(0, q_length * spec.pack, tile_rows) for q_length in q_lengths]
+    assert set(tiles) == {(b, head, row) for b, rows in enumerate(expected) for row in rows for head in range(heads)}
+    shared_slots = []
+    for (b, _, _), splits in tiles.items():
+        holders, parts = [cta for cta, _ in splits], [split for _, split in splits]
+        # Each split once, in order, from CTA to CTA; those of one CTA are its run.
+        assert [split["split"] for split in parts] == list(range(parts[0]["splits"])) and holders == sorted(holders)
+        for cta in set(holders):
+            run = [split for holder, split in splits if holder == cta]
+            for split in run:
+                assert (split["run_begin"], split["run_end"]) == (run[0]["split"], run[-1]["split"] + 1)
+                assert split["splits"] == len(parts)
+                # What the CTAs must agree on, since they meet there.
+                assert split["slot"] == holders[0] and split["first_splits"] == holders.count(holders[0])
+        if holders[0] != holders[-1]:
+            shared_slots.append(parts[0]["slot"])
+        # Together they cover what any query of the sequence sees, whatever else is in the batch and whoever takes them.
+        assert [split["first_block"] for split in parts[1:]] == [split["end_block"] for split in parts[:-1]]
+        first, last = visible_keys(q_lengths[b], k_lengths[b], False, window)
+        if (last > first).any():
+            seen = last > first
+            assert parts[0]["first_block"] * tile_n <= first[seen].min() and last[seen].max() <= parts[-1]["end_block"] * tile_n
+    assert len(set(shared_slots)) == len(shared_slots)  # no two tiles wait in the same part of the workspace
+
+    # One CTA has a tile's splits one after the other, and no share is longer than an equal one by more than a split.
+    total = sum(cost(split) for share in taken for split in share)
+    for share in taken:
+        order = [(split["batch"], split["head"], split["first_row"]) for split in share]
+        assert len([tile for tile, _ in itertools.groupby(order)]) == len(set(order))
+        assert not share or sum(map(cost, share)) < -(-total // ctas) + cost(share[-1])
+
+
+@pytest.mark.parametrize("spec", SPLIT_SPECS, ids=lambda spec: spec.name)
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_how_keys_are_split_depends_on_the_sequence_alone(
+    tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
+) -> None:
+    sequence = st.tuples(st.integers(1, 40), st.integers(0, 20000))
+    sequences = data.draw(st.lists(sequence, min_size=2, max_size=40), "sequences")
+    q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
+    heads, b = data.draw(st.integers(1, 4), "heads"), data.draw(st.integers(0, len(sequences) - 1), "which")
+    window: Window = {"full": (None, None), "causal": (None, 0), "window": (1000, 0)}[spec.mask]
+
+    def bounds(taken: list[list[Split]], which: int) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+        tiles = by_tile(taken).items()
+        return {key[1:]: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles if key[0] == which}
+
+    with_others = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
+    alone = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
+    assert bounds(with_others, b) == bounds(alone, 0)

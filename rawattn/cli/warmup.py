@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
 
 import click
 
 from rawattn import compiler
-from rawattn.spec import MASKS, KernelSpec
+from rawattn.spec import MASKS, AppendSpec, KernelSpec
+from rawattn.tiles import split_rows, tile_for
 
 from .models import GEOMETRIES
 from .shapes import DTYPE_OF
+
+Spec = KernelSpec | AppendSpec
 
 
 @click.command()
@@ -27,7 +33,8 @@ from .shapes import DTYPE_OF
 @click.option("--gqa", type=int, metavar="N", help="Query heads for each key/value head.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice([*DTYPE_OF]), help="Repeatable.  [default: both]")
 @click.option("--mask", "masks", multiple=True, default=("causal", "full"), show_default=True, type=click.Choice(MASKS), help="Repeatable.")
-@click.option("--varlen/--dense", default=None, help="For attention_varlen or attention.  [default: both]")
+@click.option("--varlen/--dense", default=None, help="For attention_varlen or attention.  [default: both, and a KV cache]")
+@click.option("--page-size", type=click.IntRange(1), metavar="N", help="Also for a KV cache in pages of N keys.")
 @click.pass_context
 def warmup(
     context: click.Context,
@@ -38,17 +45,21 @@ def warmup(
     dtypes: tuple[str, ...],
     masks: tuple[str, ...],
     varlen: bool | None,
+    page_size: int | None,
 ) -> None:
     """Compile kernels into the cache, in parallel; no GPU is needed.
 
-    Takes --model, or --head-dim and --gqa. Exit status: 0 if all are there, 1
-    if one could not be compiled, 2 for a usage error.
+    Takes --model, or --head-dim and --gqa. Without --varlen and --dense that is
+    for attention_with_kvcache too. Exit status: 0 if all are there, 1 if one
+    could not be compiled, 2 for a usage error.
 
     \b
     Examples:
-        rawattn warmup --model llama-3.1-8b --dtype bf16
+        rawattn warmup --model llama-3.1-8b --dtype bf16 --page-size 16
         rawattn warmup --head-dim 128 --gqa 4 --mask window --dense
     """
+    if page_size is not None and varlen is not None:
+        raise click.UsageError("Give --page-size without --varlen and --dense, which leave the KV cache out.")
     if models:
         if (head_dim, head_dim_v, gqa) != (None, None, None):
             raise click.UsageError("Give --model, or --head-dim and --gqa.")
@@ -58,12 +69,15 @@ def warmup(
             raise click.UsageError("Give --model, or --head-dim and --gqa.")
         geometries = [(head_dim, head_dim if head_dim_v is None else head_dim_v, gqa)]
     try:
-        specs = [
+        specs: list[Spec] = [
             KernelSpec(DTYPE_OF[dtype], d, dv, ratio, mask, packed)
             for (d, dv, ratio), dtype, mask, packed in itertools.product(
                 geometries, dtypes or DTYPE_OF, masks, (False, True) if varlen is None else (varlen,)
             )
         ]
+        if varlen is None:
+            for geometry, dtype in itertools.product(geometries, dtypes or DTYPE_OF):
+                specs += _for_cache(*geometry, DTYPE_OF[dtype], masks, page_size)
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
     specs = list(dict.fromkeys(specs))  # models share geometries
@@ -73,7 +87,7 @@ def warmup(
     for spec in specs:
         result = results.get(spec, "cached")
         text = result if isinstance(result, str) else "FAILED" if isinstance(result, BaseException) else f"{result:.2f} s"
-        click.echo(f"{spec.name:<40} {text:>8}")
+        click.echo(f"{spec.name:<48} {text:>8}")
     errors = [result for result in results.values() if isinstance(result, BaseException)]
     for message in dict.fromkeys(str(error) or type(error).__name__ for error in errors):  # a killed process fails all alike
         click.echo(f"Error: {message}", err=True)
@@ -85,15 +99,30 @@ def warmup(
     context.exit(1 if errors else 0)
 
 
-def _compile(specs: list[KernelSpec]) -> dict[KernelSpec, float | BaseException]:
+def _for_cache(d: int, dv: int, ratio: int, dtype: str, masks: tuple[str, ...], page_size: int | None) -> Iterator[Spec]:
+    """What attention_with_kvcache needs beyond the packed kernels."""
+    yield AppendSpec(dtype)
+    chunk = split_rows(d, dv, ratio, 1, None)
+    variants = [(mask, rows) for mask in masks for rows in (64, chunk)]
+    if "causal" in masks:
+        variants.append(("full", 64))  # one query sees all keys
+    for mask, rows in variants:
+        yield KernelSpec(dtype, d, dv, ratio, mask, True, rows)
+    if page_size is not None:
+        for mask, rows in [*variants, *[(mask, 0) for mask in masks]]:
+            spec = KernelSpec(dtype, d, dv, ratio, mask, True, rows)
+            yield replace(spec, page_rows=math.gcd(page_size, tile_for(spec).tile_n))
+
+
+def _compile(specs: list[Spec]) -> dict[Spec, float | BaseException]:
     """Build the specs in as many processes as there are cores for: the seconds of each, or why it failed."""
     if not specs:
         return {}
     workers = min(len(specs), len(os.sched_getaffinity(0)))
-    results: dict[KernelSpec, float | BaseException] = {}
+    results: dict[Spec, float | BaseException] = {}
     # spawn: a fork would share whatever threads and CUDA state the caller has.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        futures: dict[Future[float], KernelSpec] = {pool.submit(_build, spec): spec for spec in specs}
+        futures: dict[Future[float], Spec] = {pool.submit(_build, spec): spec for spec in specs}
         try:
             with click.progressbar(length=len(specs), label=f"compiling {len(specs)} kernels on {workers} cores", file=sys.stderr) as bar:
                 for future in as_completed(futures):
@@ -110,7 +139,7 @@ def _start_worker() -> None:
     compiler.SLOW_COMPILE_SECONDS = threading.TIMEOUT_MAX  # the progress bar says that it takes time
 
 
-def _build(spec: KernelSpec) -> float:
+def _build(spec: Spec) -> float:
     compiler.nvrtc_version()  # imports CuPy, which is not this variant's time
     start = time.perf_counter()
     compiler.build(spec)
