@@ -86,7 +86,7 @@ def test_one_that_fails_is_named_and_the_others_are_kept(compiles: list[KernelSp
     monkeypatch.setattr(compiler, "compile_cubin", fail_on_bf16)
     result = run("warmup", "--head-dim", 128, "--gqa", 4, "--mask", "causal", "--dense")
     assert result.exit_code == 1
-    assert f"{SPEC.name:<48}   FAILED\n" in result.stdout
+    assert f"{SPEC.name:<52}   FAILED\n" in result.stdout
     assert "1 compiled, 0 cached, 1 failed;" in result.stdout
     assert "Error: NVRTC 12.9 cannot compile attn_fwd_bf16_d128_gqa4_causal: no\n" in result.stderr
     assert compiler.is_cached(KernelSpec("float16", 128, 128, 4, "causal"))

@@ -33,8 +33,8 @@ Spec = KernelSpec | AppendSpec
 @click.option("--gqa", type=int, metavar="N", help="Query heads for each key/value head.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice([*DTYPE_OF]), help="Repeatable.  [default: both]")
 @click.option("--mask", "masks", multiple=True, default=("causal", "full"), show_default=True, type=click.Choice(MASKS), help="Repeatable.")
-@click.option("--varlen/--dense", default=None, help="For attention_varlen or attention.  [default: both, and a KV cache]")
-@click.option("--page-size", type=click.IntRange(1), metavar="N", help="Also for a KV cache in pages of N keys.")
+@click.option("--varlen/--dense", default=None, help="attention_varlen or attention.  [default: both]")
+@click.option("--page-size", type=click.IntRange(1), metavar="N", help="Also for caches in pages of N keys.")
 @click.pass_context
 def warmup(
     context: click.Context,
@@ -87,7 +87,7 @@ def warmup(
     for spec in specs:
         result = results.get(spec, "cached")
         text = result if isinstance(result, str) else "FAILED" if isinstance(result, BaseException) else f"{result:.2f} s"
-        click.echo(f"{spec.name:<48} {text:>8}")
+        click.echo(f"{spec.name:<52} {text:>8}")
     errors = [result for result in results.values() if isinstance(result, BaseException)]
     for message in dict.fromkeys(str(error) or type(error).__name__ for error in errors):  # a killed process fails all alike
         click.echo(f"Error: {message}", err=True)
