@@ -24,6 +24,7 @@ PLAIN = [
 ]
 PLAIN += [KernelSpec("bfloat16", head_dim - 8, head_dim_v - 8, 7, masks[-1]) for head_dim, head_dim_v, masks, _ in TABLE]
 PLAIN += [KernelSpec("bfloat16", head_dim, head_dim_v, 4, masks[-1], True, page_rows=16) for head_dim, head_dim_v, masks, _ in TABLE]
+PLAIN += [KernelSpec(dtype, 64, 64, 4, mask, short=True) for dtype, mask in itertools.product(DTYPES, ("full", "causal"))]
 
 
 def split_specs() -> Iterator[KernelSpec]:
