@@ -39,6 +39,7 @@ from gpu_support import (
 
 import rawattn
 from rawattn import compiler, reference
+from rawattn.attention import FEW_QUERIES
 from rawattn.spec import KernelSpec
 from rawattn.tiles import tile_for
 
@@ -381,7 +382,10 @@ def test_varlen_equals_a_loop_over_the_sequences(name: str, lengths: str) -> Non
         one = q[None, rows_q], k[None, rows_k], v[None, rows_k]
         assert_right(out[None, rows_q], lse[None, :, rows_q], *one, masks)
         dense, dense_lse = rawattn.attention(*one, **masks, return_lse=True)
-        assert same_bits(out[None, rows_q], dense) and same_bits(lse[None, :, rows_q], dense_lse), (rows_q, rows_k)
+        if FEW_QUERIES * one[0].shape[1] <= one[1].shape[1]:  # attention() splits the keys, which attention_varlen() does not
+            assert_right(dense, dense_lse, *one, masks)
+        else:
+            assert same_bits(out[None, rows_q], dense) and same_bits(lse[None, :, rows_q], dense_lse), (rows_q, rows_k)
     assert untouched_outside(out[: sum(lengths_q)], buffer), "rows of no sequence, or memory around out, were written"
 
 
@@ -847,4 +851,4 @@ def test_examples_of_the_readme_run() -> None:
         except pytest.skip.Exception:
             continue
         exec(compile(example, "README.md", "exec"), scope)
-    assert len(examples) == 9
+    assert len(examples) == 12

@@ -119,8 +119,8 @@ struct TileList {
 
     // Returns where the CTA's part of the list starts.
     __device__ __forceinline__ int begin(const Arguments& args) {
-        if constexpr (VARLEN) look(args);
         if constexpr (!SPLIT) return blockIdx.x;
+        look(args);
         int total = own.count();
         for (int batch = 32 + threadIdx.x % 32; batch < args.batch; batch += 32) total += places(args, sequence(args, batch)).count();
         total = __reduce_add_sync(~0u, total);
@@ -154,6 +154,7 @@ struct TileList {
                 }
                 return place + blocks + 1;
             }
+            if constexpr (!SPLIT) look(args);  // again, since it would take registers to keep
             while (true) {
                 const int item = own.at_or_after(place - start);  // a place may lie inside a split that another CTA has
                 const uint32_t here = __ballot_sync(~0u, item < own.items());
