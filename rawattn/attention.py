@@ -58,7 +58,8 @@ def attention(
 
     The work is queued on the stream that is current for the arrays' framework; the host waits for nothing but the compiler, at the first
     call of a kind, which is to be made before a CUDA graph captures one. Two runs give the same bits, and a sequence's result does not
-    depend on the batch around it. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
+    depend on the batch around it. Where there are four times as many keys as queries or more, the keys may be split among the GPU's
+    multiprocessors, by the shapes of one sequence alone; attention_varlen() does not split, and may differ in the last bit. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
 
     >>> import numpy as np, rawattn
     >>> q = np.ones((1, 4, 8, 64), np.float16)
@@ -219,7 +220,8 @@ def attention_with_kvcache(
         - k and v have as many rows as q, so there is no cu_seqlens_k_new; max_seqlen_q, rotary_seqlens, scheduler_metadata, num_splits,
           pack_gqa and sm_margin are not needed;
         - qv, descales, attention_chunk and softcap are not there;
-        - rows past the capacity are not written, and a row's bits do not depend on the batch, the lengths in it, or the pages.
+        - rows past the capacity are not written, and a row's bits do not depend on the batch, the lengths in it, or the pages (a packed q
+          is served by another kernel than a (B, Sq, Hq, D) one, and may differ in the last bit).
 
     What attention() says of streams, graphs and bits holds here too. The host path writes appended rows into the caller's NumPy arrays or
     CPU tensors; a JAX array cannot be written to, so caches of JAX are only read.
