@@ -640,70 +640,70 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
             if (is_last_of_q) release_q();
         } else {
-        const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
-        const auto pack_probs = [&] {
+            const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
+            const auto pack_probs = [&] {
 #pragma unroll
-            for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
-        };
-        const auto finish_output = [&] {
-            wgmma_wait<0>();
-            pin(output);
-            pin(probs);
-        };
+                for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
+            };
+            const auto finish_output = [&] {
+                wgmma_wait<0>();
+                pin(output);
+                pin(probs);
+            };
 
-        start_scores(scores);
-        pass_turn();
-        wgmma_wait<0>();
-        pin(scores);
-        release_k();
-        if (block == blocks.begin && is_last_of_q) release_q();
-        if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
-        softmax.raise_max(scores, args.scale_log2, rescale);
-        softmax.exponentiate(scores, args.scale_log2);
-        pack_probs();
-
-        const auto step = [&](auto masked) {
             start_scores(scores);
-            if (!PING_PONG) rescale_rows(output, rescale);
-            start_output(output, probs);
             pass_turn();
-            wgmma_wait<1>();
+            wgmma_wait<0>();
             pin(scores);
             release_k();
-            if constexpr (decltype(masked)::value) hide_masked();
-            softmax.raise_max(scores, args.scale_log2, rescale);
-            // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
             if (block == blocks.begin && is_last_of_q) release_q();
-            finish_output();
-            release_v();
-            if (PING_PONG) rescale_rows(output, rescale);
+            if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
+            softmax.raise_max(scores, args.scale_log2, rescale);
             softmax.exponentiate(scores, args.scale_log2);
             pack_probs();
-        };
-        --block;
-        if constexpr (BOUND_RIGHT)
-            for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
-        for (; block >= (BOUND_LEFT ? max(blocks.begin, blocks.full_begin) : blocks.begin); --block) step(Constant<0>{});
-        if constexpr (BOUND_LEFT)
-            for (; block >= blocks.begin; --block) step(Constant<1>{});
 
-        if (!PING_PONG) rescale_rows(output, rescale);
-        start_output(output, probs);
-        finish_output();
-        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost in their last block,
-        // which holds all their keys unless a window makes them straddle two.
-        const Mask mask = tile_mask(args, tile);
-        if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
-#pragma unroll
-            for (int i = 0; i < TILE_N / 4; ++i) {
-                float low, high;
-                unpack2(probs[i], low, high);
-                probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
-            }
+            const auto step = [&](auto masked) {
+                start_scores(scores);
+                if (!PING_PONG) rescale_rows(output, rescale);
+                start_output(output, probs);
+                pass_turn();
+                wgmma_wait<1>();
+                pin(scores);
+                release_k();
+                if constexpr (decltype(masked)::value) hide_masked();
+                softmax.raise_max(scores, args.scale_log2, rescale);
+                // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
+                if (block == blocks.begin && is_last_of_q) release_q();
+                finish_output();
+                release_v();
+                if (PING_PONG) rescale_rows(output, rescale);
+                softmax.exponentiate(scores, args.scale_log2);
+                pack_probs();
+            };
+            --block;
+            if constexpr (BOUND_RIGHT)
+                for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
+            for (; block >= (BOUND_LEFT ? max(blocks.begin, blocks.full_begin) : blocks.begin); --block) step(Constant<0>{});
+            if constexpr (BOUND_LEFT)
+                for (; block >= blocks.begin; --block) step(Constant<1>{});
+
+            if (!PING_PONG) rescale_rows(output, rescale);
             start_output(output, probs);
             finish_output();
-        }
-        release_v();
+            // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost in their last block,
+            // which holds all their keys unless a window makes them straddle two.
+            const Mask mask = tile_mask(args, tile);
+            if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
+#pragma unroll
+                for (int i = 0; i < TILE_N / 4; ++i) {
+                    float low, high;
+                    unpack2(probs[i], low, high);
+                    probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
+                }
+                start_output(output, probs);
+                finish_output();
+            }
+            release_v();
         }
 
         softmax.reduce();
