@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from host_support import given_as, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
@@ -41,22 +42,6 @@ def dense(batch: int = 2, sq: int = 5, sk: int = 7, kv_heads: int = 2, dtype: st
 
 def cumulated(lengths: list[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int32)
-
-
-def given_as(framework: str, x: np.ndarray) -> Any:
-    """The same numbers as an array of `framework` in host memory."""
-    if framework == "torch":
-        torch = pytest.importorskip("torch", reason="torch is not installed")
-        return torch.from_numpy(x.astype(np.float64)).to(getattr(torch, x.dtype.name))
-    if framework == "jax":
-        jax = pytest.importorskip("jax", reason="JAX is not installed")
-        return jax.device_put(x, jax.devices("cpu")[0])
-    return x
-
-
-def read(x: Any) -> np.ndarray:
-    """The numbers of any framework's array, exactly."""
-    return x.double().numpy() if hasattr(x, "double") else np.asarray(x).astype(np.float64)
 
 
 def assert_is(got: Any, expected: np.ndarray, kind: Any, dtype: str) -> None:
