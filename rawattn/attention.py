@@ -13,7 +13,7 @@ import numpy as np
 
 from . import arrays, checks, launch, reference
 from .arrays import Array
-from .checks import UNBOUNDED, Window
+from .checks import Window
 from .compiler import check_gpu, current_device
 from .prepared import Launcher, Prepared, access
 from .spec import KernelSpec
@@ -369,14 +369,8 @@ class AttentionCall(Call):
         self.varlen = "cu_seqlens_q" in views
         checks.check_attention(views, self.varlen)
         super().__init__(q, v, checks.batch_of(views), causal, window, scale)
-        if self.left < UNBOUNDED:
-            mask = "window"
-        elif self.right < UNBOUNDED:
-            mask = "causal"
-        else:
-            mask = "full"
         ratio = q.shape[-2] // k.shape[-2] if k.shape[-2] else 1
-        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, mask, self.varlen)
+        self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, checks.mask_kind(self.left, self.right), self.varlen)
         if not self.varlen and FEW_QUERIES * q.shape[1] <= k.shape[1]:
             split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], q.shape[1])
             self.spec = replace(self.spec, varlen=split > 0, split_rows=split)

@@ -196,6 +196,11 @@ def window_bounds(causal: bool | str, window: Window | None) -> tuple[int, int]:
     return bounds[0], bounds[1]
 
 
+def mask_kind(left: int, right: int) -> str:
+    """KernelSpec.mask for these bounds."""
+    return "window" if left < UNBOUNDED else "causal" if right < UNBOUNDED else "full"
+
+
 def _check_rows(name: str, array: Array, layout: str, q: Array) -> None:
     """Rows of heads: queries, keys or values."""
     if len(array.shape) != len(layout.split(",")):

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays
+from . import arrays, checks
 from .arrays import Array
-from .checks import UNBOUNDED
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
 from .tiles import MAX_SPLITS, SLAB, SPLITS_OF_A_SEQUENCE, split_rows, tile_for
@@ -114,6 +113,11 @@ class _TensorMap:
         self._pointer = pointer
 
 
+def _stream_key(stream: int) -> tuple[int, int]:
+    """Tells streams apart whose launches do not follow one another: cudaStreamPerThread is one handle, and a stream for each thread."""
+    return (stream, threading.get_ident() if stream == 2 else 0)
+
+
 class _TileCounters:
     """Zeroed counters on one device, from which the CTAs of a launch are dealt their tiles; a launch leaves its counter zero again.
 
@@ -123,7 +127,6 @@ class _TileCounters:
     """
 
     STREAMS, CAPTURED = 1 << 12, 1 << 20
-    PER_THREAD = 2  # cudaStreamPerThread: one handle, a stream for each thread
 
     def __init__(self) -> None:
         import cupy
@@ -140,7 +143,7 @@ class _TileCounters:
         if stream and self._is_capturing(stream):
             index = self._take(self._uncaptured, self.STREAMS + self.CAPTURED, f"captured {self.CAPTURED} attention calls in CUDA graphs")
             return self._memory.ptr + 4 * index
-        key = (stream, threading.get_ident() if stream == self.PER_THREAD else 0)
+        key = _stream_key(stream)
         address = self._of_stream.get(key)
         if address is None:
             index = self._take(self._unused, self.STREAMS, f"used {self.STREAMS} streams")
@@ -179,7 +182,7 @@ class _Workspaces:
         if stream and self._runtime.streamIsCapturing(stream):
             key = (stream, -_capture_id(stream))
         else:
-            key = (stream, threading.get_ident() if stream == _TileCounters.PER_THREAD else 0)
+            key = _stream_key(stream)
         memory = self._of_stream.get(key)
         if memory is None or memory.size < size:
             if memory is not None:
@@ -342,12 +345,11 @@ class CachePlan:
     def __init__(self, views: dict[str, Array], out: Array, *, left: int, right: int, scale: float, interleaved: bool):
         q, k, v = views["q"], views["k_cache"], views["v_cache"]
         page_table = views.get("page_table")
-        batch = views["cache_seqlens"].shape[0]
+        batch, capacity = checks.batch_of(views), checks.capacity_of(views)
         ragged, appends = len(q.shape) == 3, "k" in views
         page_table_stride = page_table.strides[0] // 4 if page_table else 0
-        capacity = page_table.shape[1] * k.shape[1] if page_table else k.shape[1]
         ratio = q.shape[-2] // k.shape[-2]
-        mask = "window" if left < UNBOUNDED else "causal" if right < UNBOUNDED else "full"
+        mask = checks.mask_kind(left, right)
         rows_q = None if ragged else q.shape[1]
         split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], rows_q)
         if split and rows_q == 1 and mask == "causal":

@@ -92,20 +92,7 @@ SHORT_TILE = Tile(128, 128, 2, 2, (40, 232), False, "192 rows waste a third of t
 SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (64, 64, Tile(64, 128, 1, 2, (56, 200), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
-    (
-        128,
-        128,
-        Tile(
-            64,
-            64,
-            1,
-            2,
-            (56, 200),
-            False,
-            "small blocks, so that a short sequence has enough of them; one CTA computes while the other loads",
-            2,
-        ),
-    ),
+    (128, 128, Tile(64, 64, 1, 2, (56, 200), False, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),
