@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -115,6 +116,23 @@ def test_errors_come_while_tracing() -> None:
         rj.attention(q, np.asarray(k), v)
     with pytest.raises(ValueError, match="JVP|differentiation"):
         jax.grad(lambda q: rj.attention(q, k, v).sum().astype("float32"))(q)
+
+
+def test_a_handler_made_with_ctypes_gets_addresses_and_gives_errors() -> None:
+    """What bench/jax_dispatch.py measures buffer_callback against, on the CPU."""
+    from bench.jax_dispatch import ffi_handler
+
+    def copy(stream: int, inputs: list[int], outputs: list[int]) -> None:
+        if ctypes.c_float.from_address(inputs[0]).value == 7:
+            raise ValueError("seven is wrong")
+        ctypes.memmove(outputs[0], inputs[1], 8)
+
+    jax.ffi.register_ffi_target("rawattn_test_copy", ffi_handler(2, 1, copy, on_gpu=False), platform="cpu")
+    call = jax.jit(lambda *x: jax.ffi.ffi_call("rawattn_test_copy", x[1])(*x))
+    first, second = (jax.device_put(np.asarray(x, np.float32), jax.devices("cpu")[0]) for x in ([1, 2], [3, 4]))
+    assert_equal(call(first, second), second)
+    with pytest.raises(Exception, match="seven is wrong"):
+        call(first + 6, second).block_until_ready()
 
 
 @pytest.mark.gpu
