@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from .spec import KernelSpec
 
@@ -12,6 +13,7 @@ CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at least: about the SMs of an H100, so that one sequence fills it
 MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
+FEW_KEYS = 128  # a tile has a split at least for each so many; FEW_KEYS of the kernel
 
 
 def slabs(dim: int) -> int:
@@ -114,6 +116,32 @@ def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, ro
     if rows <= 64:
         return 64
     return chunk if 2 * -(-rows // chunk) * kv_heads <= SPLITS_OF_A_SEQUENCE else 0
+
+
+def cache_spec(
+    dtype: str, head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, mask: str, rows_q: int | None, page_size: int = 0
+) -> KernelSpec:
+    """The variant that serves attention_with_kvcache; rows_q as for split_rows, page_size 0 where the cache does not lie in pages."""
+    split = split_rows(head_dim, head_dim_v, gqa_ratio, kv_heads, rows_q)
+    if split and rows_q == 1 and mask == "causal":
+        mask = "full"  # the only query sees all keys
+    spec = KernelSpec(dtype, head_dim, head_dim_v, gqa_ratio, mask, True, split)
+    return replace(spec, page_rows=math.gcd(page_size, tile_for(spec).tile_n)) if page_size else spec
+
+
+def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
+    """Where keys are split: how many of the `blocks` of keys of a sequence each split of its `tiles` has, as Places::split says."""
+    splits = min(max(SPLITS_OF_A_SEQUENCE // tiles, FEW_KEYS // tile.tile_n, 1), MAX_SPLITS)
+    return max(1, -(-blocks // splits))
+
+
+def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
+    """CTAs of a launch of `tiles` tiles of `batch` sequences."""
+    if not spec.split_rows:
+        return min(multiprocessors, tiles)
+    if batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
+        multiprocessors *= tile_for(spec).ctas_per_sm  # fewer splits are better spread over as many SMs
+    return min(multiprocessors, tiles * MAX_SPLITS)
 
 
 def tile_for(spec: KernelSpec) -> Tile:

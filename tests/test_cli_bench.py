@@ -18,11 +18,13 @@ from click.testing import CliRunner, Result
 
 import rawattn
 from bench import plot as bench_plot
-from rawattn import compiler
+from rawattn import compiler, launch
+from rawattn.arrays import view
+from rawattn.checks import window_bounds
 from rawattn.cli import bench, check, explain, main, peers, plots, timing
 from rawattn.cli.shapes import Shape
 from rawattn.spec import KernelSpec
-from rawattn.tiles import tile_for
+from rawattn.tiles import blocks_of_a_split, tile_for
 
 CEILINGS = {"matmul_tflops": 1e-3, "read_gbps": 2.0, "null_graph_us": 2.5}
 COMMANDS = (["bench", "prefill"], ["bench", "decode"], ["bench", "overhead"], ["bench", "coldstart"], ["explain"])
@@ -167,7 +169,7 @@ def test_flops_and_bytes_are_those_of_the_pairs_that_the_mask_lets_through() -> 
     ],
 )
 def test_the_spec_is_the_one_that_attention_would_use(causal: bool, window: Any, mask: str) -> None:
-    assert Shape("fp16", 1, 64, 64, 8, 2, 64, 32, causal, window).spec == KernelSpec("float16", 64, 32, 4, mask)
+    assert Shape("fp16", 1, 64, 64, 8, 2, 128, 32, causal, window).spec == KernelSpec("float16", 128, 32, 4, mask)
 
 
 def test_statistics() -> None:
@@ -482,7 +484,7 @@ def test_json_lines_of_a_decode_run_are_read() -> None:
 def test_work_of_one_block_is_that_of_the_roofline_in_contributing() -> None:
     """128 x 128 scores at D = 128: 2048 cycles of MMA, 1024 of exponentials, on one SM."""
     shape = Shape("bf16", 1, 128, 128, 1, 1, 128, 128, causal=True)
-    work = explain.work(shape, tile_for(shape.spec))
+    work = explain.work(shape)
     seconds = work.seconds(shape, 132)
     assert (work.tiles, work.pairs) == (1, 128 * 128)
     assert seconds["tensor cores"] * explain.HERTZ == pytest.approx(2048)
@@ -492,16 +494,16 @@ def test_work_of_one_block_is_that_of_the_roofline_in_contributing() -> None:
 
 def test_work_counts_the_blocks_that_a_mask_leaves() -> None:
     causal = Shape("bf16", 2, 1024, 1024, 3, 1, 128, 128, causal=True)  # tiles of 128 x 128: 1 + 2 + ... + 8 blocks
-    assert explain.work(causal, tile_for(causal.spec)).pairs == 2 * 3 * 36 * 128 * 128
+    assert explain.work(causal).pairs == 2 * 3 * 36 * 128 * 128
     window = Shape("bf16", 1, 1024, 1024, 1, 1, 128, 128, window=(127, 0))  # each tile sees its own block and the one before
-    assert explain.work(window, tile_for(window.spec)).pairs == (1 + 7 * 2) * 128 * 128
+    assert explain.work(window).pairs == (1 + 7 * 2) * 128 * 128
     unseen = Shape("bf16", 1, 256, 128, 1, 1, 128, 128, causal=True)  # the first 128 queries see no key
-    assert explain.work(unseen, tile_for(unseen.spec)).pairs == 128 * 128
+    assert explain.work(unseen).pairs == 128 * 128
 
 
 def test_the_memory_bounds_what_has_few_flops_a_byte() -> None:
     shape = Shape("bf16", 32, 512, 512, 16, 16, 128, 128, causal=True)
-    seconds = explain.work(shape, tile_for(shape.spec)).seconds(shape, 132)
+    seconds = explain.work(shape).seconds(shape, 132)
     assert max(seconds, key=seconds.__getitem__) == "memory"  # as CONTRIBUTING says of 16384 tokens at S = 512
 
 
@@ -524,7 +526,41 @@ def test_explain_prints_the_variant_and_its_figures(no_gpu: None, compiles: list
 
 def test_explain_of_few_queries_has_a_cta_for_each_tile(no_gpu: None, compiles: list[KernelSpec]) -> None:
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 7, "--seqlen-k", 100, "--window", "64,-1", "--dtype", "fp16")
-    assert "fp16 4/1 D64 B1 S7/100 window" in result.stdout and "4 CTAs on 132 SMs" in result.stdout
+    assert "fp16 4/1 D64 B1 S7/100 window" in result.stdout and "split64" in result.stdout
+    result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 100)
+    assert "fp16" not in result.stdout and "_short" in result.stdout and "4 CTAs on 132 SMs" in result.stdout
+
+
+def test_explain_of_a_paged_decode_shows_packed_heads_and_splits(no_gpu: None, compiles: list[KernelSpec]) -> None:
+    result = run("explain", "--model", "llama-3.1-8b", "--page-size", 48, "--batch", 2)
+    assert result.exit_code == 0, result.output
+    lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
+    spec = KernelSpec("bfloat16", 128, 128, 4, "full", True, 64, page_rows=16)  # the only query sees all keys
+    tile = tile_for(spec)
+    assert compiles == [spec] and lines["call"] == "bf16 32/8 D128 B2 S1/4096 causal pages of 48"
+    assert lines["tile"].startswith(f"64 rows, 16 queries of 4 heads each, x {tile.tile_n} keys")
+    split = blocks_of_a_split(tile, 8, 4096 // tile.tile_n) * tile.tile_n  # a tile for each KV head
+    assert lines["splits"].startswith(f"of {split} keys") and lines["pages"] == "of 48 keys, 16 loaded at a time"
+    assert f"16 tiles of {-(-4096 // split)} splits" in lines["grid"]
+    assert lines["predicted bound"].startswith("memory, 3,350 GB/s")
+
+
+@pytest.mark.parametrize(("rows_q", "page_size", "mask"), [(1, 0, "causal"), (1, 48, "causal"), (3, 16, "window"), (4000, 16, "full")])
+def test_a_cache_is_served_by_the_variant_that_explain_shows(
+    monkeypatch: pytest.MonkeyPatch, rows_q: int, page_size: int, mask: str
+) -> None:
+    used: list[KernelSpec] = []
+    monkeypatch.setattr(launch, "Plan", lambda spec, *arrays, **options: used.append(spec))
+    causal, window = mask == "causal", (7, 0) if mask == "window" else None
+    shape = Shape("fp16", 2, rows_q, 4800, 8, 2, 128, 64, causal, window, cache=True, page_size=page_size)
+    k, v = (np.zeros((200, page_size or 4800, 2, dim), np.float16) for dim in (128, 64))
+    views = {"q": np.zeros((2, rows_q, 8, 128), np.float16), "k_cache": k, "v_cache": v, "cache_seqlens": np.zeros(2, np.int32)}
+    if page_size:
+        views["page_table"] = np.zeros((2, 4800 // page_size), np.int32)
+    left, right = window_bounds(causal, window)
+    arrays = {name: view(name, x) for name, x in views.items()}
+    launch.CachePlan(arrays, arrays["q"], left=left, right=right, scale=1.0, interleaved=False)
+    assert used == [shape.spec]
 
 
 def test_explain_without_nvrtc_says_so_and_goes_on(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

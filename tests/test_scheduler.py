@@ -19,12 +19,14 @@ from rawattn.compiler import CUDA_SRC, source
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
 from rawattn.tiles import (
+    FEW_KEYS,
     MAX_SPLITS,
     SHARED_MEMORY_LIMIT,
     SHARED_MEMORY_OF_SM,
     SPLIT_TABLE,
     SPLITS_OF_A_SEQUENCE,
     TABLE,
+    blocks_of_a_split,
     split_rows,
     tile_for,
 )
@@ -296,6 +298,10 @@ def test_keys_are_split_where_a_sequence_alone_would_leave_half_of_the_gpu_idle(
 few = st.integers(1, 300)
 
 
+def test_the_kernel_takes_as_many_keys_for_few() -> None:
+    assert f"constexpr int FEW_KEYS = {FEW_KEYS};" in source(KernelSpec("float16", 64, 64, 1, "full"))
+
+
 @examples
 @given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4))
 def test_splits_are_equal_and_cover_the_keys(
@@ -312,6 +318,8 @@ def test_splits_are_equal_and_cover_the_keys(
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
     assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(1, -(-total // max(wanted, fewest, 1)))
+    tile = next(tile for *_, tile in SPLIT_TABLE if FEW_KEYS // tile.tile_n == fewest) if fewest in (1, 2) else None
+    assert tile is None or places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
     assert compiled["count"](places) == m_blocks * heads * places.splits * (places.blocks + 1)

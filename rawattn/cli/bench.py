@@ -181,7 +181,7 @@ def decode(
     """
     q_heads, kv_heads, d, dv = geometry(model, head_dim, head_dim_v, heads) or (32, 8, 128, 128)
     shapes = [
-        checked(Shape(dtype, batch, 1, length, q_heads, kv_heads, d, dv))
+        checked(Shape(dtype, batch, 1, length, q_heads, kv_heads, d, dv, cache=True))
         for dtype, batch, length in itertools.product(dtypes, batches or DECODE_BATCHES, lengths or DECODE_LENGTHS)
     ]
     _compare("decode", shapes, names, Outputs(json_file, csv_file, plot))

@@ -16,7 +16,7 @@ import numpy as np
 
 from rawattn import compiler
 from rawattn.spec import KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, Tile, tile_for
+from rawattn.tiles import SHARED_MEMORY_LIMIT, blocks_of_a_split, grid, tile_for
 
 from .shapes import DTYPE_OF, WINDOW, Shape, checked, geometry, geometry_options
 
@@ -26,19 +26,22 @@ HERTZ = 1.83e9
 BYTES_PER_SECOND = 3.35e12
 MMA_FLOPS_PER_CYCLE = 4096
 EXPONENTIALS_PER_CYCLE = 16
+LENGTH = 4096  # of the keys, where no length is given
 
 
 @dataclass(frozen=True)
 class Work:
     """What the kernel computes for one call: whole blocks, so more than what the mask lets through."""
 
-    tiles: int  # of tile_m query rows of one head
+    tiles: int
+    splits: int  # of the keys of each tile
+    split_blocks: int  # of keys that each has at most
     pairs: int  # of query and key, in the blocks that are visited
     mma_flops: int
 
     def seconds(self, shape: Shape, multiprocessors: int) -> dict[str, float]:
-        """The least that each unit needs, on as many multiprocessors as have a tile."""
-        cycles_per_second = min(multiprocessors, self.tiles) * HERTZ
+        """The least that each unit needs, on as many multiprocessors as have work."""
+        cycles_per_second = min(multiprocessors, self.tiles * self.splits) * HERTZ
         return {
             "tensor cores": self.mma_flops / MMA_FLOPS_PER_CYCLE / cycles_per_second,
             "exponential unit": self.pairs / EXPONENTIALS_PER_CYCLE / cycles_per_second,
@@ -46,27 +49,36 @@ class Work:
         }
 
 
-def work(shape: Shape, tile: Tile) -> Work:
-    """Each tile of tile_m rows visits the blocks of tile_n keys from the first that a row of it sees to the last."""
+def work(shape: Shape) -> Work:
+    """Each tile visits the blocks of tile_n keys from the first that a row of it sees to the last; packed query heads share its rows."""
+    spec = shape.spec
+    tile = tile_for(spec)
     first, last = shape.bounds()
-    begin = np.arange(0, shape.seqlen_q, tile.tile_m)
-    end = np.minimum(begin + tile.tile_m, shape.seqlen_q) - 1
-    blocks = np.maximum(-(-last[end] // tile.tile_n) - first[begin] // tile.tile_n, 0)
-    heads = shape.batch * shape.heads
-    pairs = int(blocks.sum()) * tile.tile_m * tile.tile_n * heads
+    rows = np.arange(0, shape.seqlen_q * spec.pack, spec.pack * (tile.tile_m // spec.pack))
+    end = np.minimum(rows // spec.pack + tile.tile_m // spec.pack, shape.seqlen_q) - 1
+    blocks = np.maximum(-(-last[end] // tile.tile_n) - first[rows // spec.pack] // tile.tile_n, 0)
+    heads = shape.heads // spec.pack
+    pairs = int(blocks.sum()) * tile.tile_m * tile.tile_n * shape.batch * heads
     depth = -(-shape.head_dim // 16) * 16  # an MMA takes 16 columns of Q and K at a time
-    return Work(len(begin) * heads, pairs, 2 * pairs * (depth + shape.head_dim_v))
+    splits, of_all = 1, max(-(-int(last.max()) // tile.tile_n) - int(first.min()) // tile.tile_n, 0)
+    split_blocks = of_all
+    if spec.split_rows:
+        split_blocks = blocks_of_a_split(tile, len(rows) * heads, of_all)
+        splits = max(1, -(-of_all // split_blocks))
+    return Work(len(rows) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + shape.head_dim_v))
 
 
 @click.command()
 @geometry_options
 @click.option("--gqa", type=click.IntRange(min=1), metavar="N", help="Query heads for one key-value head, in place of --heads.")
-@click.option("--causal", is_flag=True, help="Hide the keys after the diagonal, bottom right.")
+@click.option("--causal/--full", default=None, help="Hide the keys after the diagonal, bottom right.  [default: with a cache]")
 @click.option("--window", type=WINDOW, help="Keys seen to both sides of the diagonal; -1 is unbounded.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice([*DTYPE_OF]))
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), metavar="B")
-@click.option("--seqlen-q", default=4096, show_default=True, type=click.IntRange(min=1), metavar="SQ")
-@click.option("--seqlen-k", type=click.IntRange(min=1), metavar="SK", help="[default: SQ]")
+@click.option("--seqlen-q", type=click.IntRange(min=1), metavar="SQ", help="[default: 4096, with a cache 1]")
+@click.option("--seqlen-k", type=click.IntRange(min=1), metavar="SK", help="[default: SQ, with a cache 4096]")
+@click.option("--kv-cache", is_flag=True, help="attention_with_kvcache in place of attention.")
+@click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="The same, with a cache in pages of N keys.")
 @click.option("--source", is_flag=True, help="Print the generated CUDA instead.")
 @click.option("--sass", is_flag=True, help="Print the disassembly instead; needs nvdisasm or cuobjdump.")
 def explain(
@@ -75,12 +87,14 @@ def explain(
     head_dim_v: int | None,
     heads: tuple[int, int] | None,
     gqa: int | None,
-    causal: bool,
+    causal: bool | None,
     window: tuple[int | None, int | None] | None,
     dtype: str,
     batch: int,
-    seqlen_q: int,
+    seqlen_q: int | None,
     seqlen_k: int | None,
+    kv_cache: bool,
+    page_size: int | None,
     source: bool,
     sass: bool,
 ) -> None:
@@ -92,6 +106,7 @@ def explain(
     \b
     Examples:
         rawattn explain --model llama-3.1-8b --causal --seqlen-q 8192
+        rawattn explain --model llama-3.1-8b --page-size 16 --batch 8
         rawattn explain --head-dim 64 --gqa 4 --source
     """
     if gqa and heads:
@@ -102,7 +117,11 @@ def explain(
     if found is None:
         raise click.UsageError("Give --head-dim, or --model.")
     q_heads, kv_heads, d, dv = found
-    shape = checked(Shape(dtype, batch, seqlen_q, seqlen_k or seqlen_q, q_heads, kv_heads, d, dv, causal, window))
+    cache = kv_cache or page_size is not None
+    seqlen_q = seqlen_q or (1 if cache else LENGTH)
+    seqlen_k = seqlen_k or (LENGTH if cache else seqlen_q)
+    causal = cache if causal is None else causal  # as the functions have it
+    shape = checked(Shape(dtype, batch, seqlen_q, seqlen_k, q_heads, kv_heads, d, dv, causal, window, cache, page_size or 0))
     if source:
         click.echo(compiler.source(shape.spec))
     elif sass:
@@ -115,31 +134,42 @@ def explain(
 def _lines(shape: Shape) -> list[tuple[str, str]]:
     spec = shape.spec
     tile = tile_for(spec)
-    todo = work(shape, tile)
+    todo = work(shape)
     multiprocessors, where = _multiprocessors()
-    ctas = min(multiprocessors, todo.tiles)
+    ctas = grid(spec, shape.batch, todo.tiles, multiprocessors)
     seconds = todo.seconds(shape, multiprocessors)
     bound = max(seconds, key=seconds.__getitem__)
     computed = todo.pairs * 2 * (shape.head_dim + shape.head_dim_v)
     producer, consumer = tile.registers
-    return [
+    moved = f"{producer} a thread of the producer, {consumer} of a consumer; " if producer else ""
+    rows = f"rows, {tile.tile_m // spec.pack} queries of {spec.pack} heads each," if spec.pack > 1 else "queries"
+    consumers = f"{tile.consumer_warpgroups} consumer{'s' if tile.consumer_warpgroups > 1 else ''}{' in turns' if tile.ping_pong else ''}"
+    pieces = f"{todo.tiles:,} tiles" + (f" of {todo.splits} splits" if spec.split_rows else "")
+    lines = [
         ("call", shape.text),
         ("variant", spec.name),
-        ("tile", f"{tile.tile_m} queries x {tile.tile_n} keys: {tile.reason}"),
+        ("tile", f"{tile.tile_m} {rows} x {tile.tile_n} keys: {tile.reason}"),
         ("stages", f"{tile.q_stages} of Q, {tile.stages} of K and of V"),
-        (
-            "warpgroups",
-            f"1 producer, {tile.consumer_warpgroups} consumers{' in turns' if tile.ping_pong else ''}, {tile.threads} threads",
-        ),
-        ("registers", f"{producer} a thread of the producer, {consumer} of a consumer; {_compiled(spec)}"),
+        ("warpgroups", f"1 producer, {consumers}, {tile.threads} threads"),
+        ("registers", f"{moved}{_compiled(spec)}"),
         ("shared memory", f"{tile.shared_memory_bytes(spec):,} of {SHARED_MEMORY_LIMIT:,} bytes"),
-        ("grid", f"{ctas} CTAs on {multiprocessors} SMs ({where}), {todo.tiles:,} tiles, {todo.tiles / ctas:.1f} for each"),
+        ("grid", f"{ctas} CTAs on {multiprocessors} SMs ({where}), {pieces}, {todo.tiles * todo.splits / ctas:.1f} for each"),
+    ]
+    if spec.split_rows:
+        lines.append(("splits", f"of {todo.split_blocks * tile.tile_n} keys, {todo.split_blocks} blocks"))
+    if spec.page_rows:
+        lines.append(("pages", f"of {shape.page_size} keys, {spec.page_rows} loaded at a time"))
+    return lines + [
         ("FLOPs", f"{shape.flops / 1e9:,.2f} G that the mask lets through, {shape.flops / computed:.0%} of those in the blocks visited"),
         ("bytes", f"{shape.bytes / 1e6:,.2f} MB at least, {shape.kv_bytes / 1e6:,.2f} MB of them keys and values"),
         ("intensity", f"{shape.flops / shape.bytes:,.1f} FLOPs a byte"),
         *((name, f"{1e6 * value:,.1f} us at least") for name, value in seconds.items()),
-        ("predicted bound", f"{bound}, {shape.flops / seconds[bound] / 1e12:,.0f} TFLOP/s at most, at {HERTZ / 1e9:.2f} GHz"),
+        ("predicted bound", f"{bound}, {_rate(shape, seconds[bound], bound)} at most, at {HERTZ / 1e9:.2f} GHz"),
     ]
+
+
+def _rate(shape: Shape, seconds: float, bound: str) -> str:
+    return f"{shape.bytes / seconds / 1e9:,.0f} GB/s" if bound == "memory" else f"{shape.flops / seconds / 1e12:,.0f} TFLOP/s"
 
 
 def _multiprocessors() -> tuple[int, str]:

@@ -10,7 +10,10 @@ import click
 import numpy as np
 
 from rawattn import reference
+from rawattn.arrays import Array, contiguous_strides
+from rawattn.attention import AttentionCall
 from rawattn.spec import DTYPES, KernelSpec
+from rawattn.tiles import cache_spec
 
 from .models import GEOMETRIES
 
@@ -22,7 +25,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Shape:
-    """One call: dtype is "fp16" or "bf16", window (left, right) with None for unbounded, the rest as in rawattn.attention."""
+    """One call: dtype is "fp16" or "bf16", window (left, right) with None for unbounded, the rest as in rawattn.attention.
+
+    With a `cache` it is attention_with_kvcache, on a cache in pages of page_size keys unless that is 0.
+    """
 
     dtype: str
     batch: int
@@ -34,6 +40,8 @@ class Shape:
     head_dim_v: int
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
+    cache: bool = False
+    page_size: int = 0
 
     @property
     def mask(self) -> str:
@@ -43,7 +51,17 @@ class Shape:
     @property
     def spec(self) -> KernelSpec:
         """The variant that serves this call. Raises ValueError for a head size that no kernel has."""
-        return KernelSpec(DTYPE_OF[self.dtype], self.head_dim, self.head_dim_v, self.heads // self.kv_heads, self.mask)
+        dtype, ratio = DTYPE_OF[self.dtype], self.heads // self.kv_heads
+        if self.cache:
+            return cache_spec(dtype, self.head_dim, self.head_dim_v, ratio, self.kv_heads, self.mask, self.seqlen_q, self.page_size)
+
+        def absent(rows: int, heads: int, dim: int) -> Array:
+            shape = (self.batch, rows, heads, dim)
+            return Array(None, "numpy", 0, shape, contiguous_strides(shape, 2), dtype, None)
+
+        q, k = absent(self.seqlen_q, self.heads, self.head_dim), absent(self.seqlen_k, self.kv_heads, self.head_dim)
+        v = absent(self.seqlen_k, self.kv_heads, self.head_dim_v)
+        return AttentionCall({"q": q, "k": k, "v": v}, self.causal, self.window, None).spec
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Query i sees the keys first[i] <= key < last[i]."""
@@ -79,7 +97,8 @@ class Shape:
         """
         dim = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         lengths = f"S{self.seqlen_k}" if self.seqlen_q == self.seqlen_k else f"S{self.seqlen_q}/{self.seqlen_k}"
-        return f"{self.dtype} {self.heads}/{self.kv_heads} {dim} B{self.batch} {lengths} {self.mask}"
+        cache = f" pages of {self.page_size}" if self.page_size else " cache" if self.cache else ""
+        return f"{self.dtype} {self.heads}/{self.kv_heads} {dim} B{self.batch} {lengths} {self.mask}{cache}"
 
 
 class _Heads(click.ParamType):
