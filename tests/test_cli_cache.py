@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from rawattn import compiler
 from rawattn.cli import main, models, warmup
+from rawattn.cli.shapes import Shape
 from rawattn.compiler import CompileError, UnsupportedEnvironment
 from rawattn.spec import AppendSpec, KernelSpec
 
@@ -87,19 +88,30 @@ def test_one_that_fails_is_named_and_the_others_are_kept(compiles: list[KernelSp
     result = run("warmup", "--head-dim", 128, "--gqa", 4, "--mask", "causal", "--dense")
     assert result.exit_code == 1
     assert f"{SPEC.name:<52}   FAILED\n" in result.stdout
-    assert "1 compiled, 0 cached, 1 failed;" in result.stdout
+    assert "3 compiled, 0 cached, 3 failed;" in result.stdout
     assert "Error: NVRTC 12.9 cannot compile attn_fwd_bf16_d128_gqa4_causal: no\n" in result.stderr
     assert compiler.is_cached(KernelSpec("float16", 128, 128, 4, "causal"))
 
 
 def test_no_jit_proves_that_nothing_is_missing(compiles: list[KernelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler.build(SPEC)
-    monkeypatch.setenv("RAWATTN_NO_JIT", "1")
     arguments = "warmup --head-dim 128 --gqa 4 --dtype bf16 --dense --mask causal".split()
+    assert run(*arguments).exit_code == 0
+    monkeypatch.setenv("RAWATTN_NO_JIT", "1")
+    built = [*compiles]
     assert run(*arguments).exit_code == 0
     result = run(*arguments, "--mask", "full")
     assert result.exit_code == 1 and "attn_fwd_bf16_d128_gqa4_full is not in" in result.stderr and "RAWATTN_NO_JIT=1" in result.stderr
-    assert compiles == [SPEC]
+    assert compiles == built
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+def test_attention_of_any_length_finds_its_kernel(compiles: list[KernelSpec], head_dim: int, mask: str) -> None:
+    assert run("warmup", "--head-dim", head_dim, "--gqa", 4, "--dtype", "fp16", "--mask", mask, "--dense").exit_code == 0
+    causal, window = mask == "causal", (7, 0) if mask == "window" else None
+    lengths = [(rows, keys) for rows in (1, 7, 20, 100, 1024, 1025, 5000) for keys in (1, 100, 5000, 50000)]
+    used = {Shape("fp16", 2, rows, keys, 8, 2, head_dim, head_dim, causal, window).spec for rows, keys in lengths}
+    assert used == set(compiles)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +147,7 @@ def test_a_real_kernel_in_a_real_process(folder: Path) -> None:
         compiler.nvrtc_version()
     except UnsupportedEnvironment as error:
         pytest.skip(str(error))
-    result = run("warmup", "--head-dim", 64, "--gqa", 1, "--dtype", "bf16", "--mask", "full", "--dense")
+    result = run("warmup", "--head-dim", 64, "--gqa", 1, "--dtype", "bf16", "--mask", "full", "--varlen")
     assert result.exit_code == 0, result.output
     assert "1 compiled, 0 cached" in result.stdout and "keeps it for the next time" not in result.stderr
     (path,) = folder.iterdir()

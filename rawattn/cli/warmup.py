@@ -18,7 +18,7 @@ import click
 
 from rawattn import compiler
 from rawattn.spec import MASKS, AppendSpec, KernelSpec
-from rawattn.tiles import split_rows, tile_for
+from rawattn.tiles import is_short, split_rows, tile_for
 
 from .models import GEOMETRIES
 from .shapes import DTYPE_OF
@@ -69,14 +69,12 @@ def warmup(
             raise click.UsageError("Give --model, or --head-dim and --gqa.")
         geometries = [(head_dim, head_dim if head_dim_v is None else head_dim_v, gqa)]
     try:
-        specs: list[Spec] = [
-            KernelSpec(DTYPE_OF[dtype], d, dv, ratio, mask, packed)
-            for (d, dv, ratio), dtype, mask, packed in itertools.product(
-                geometries, dtypes or DTYPE_OF, masks, (False, True) if varlen is None else (varlen,)
-            )
-        ]
-        if varlen is None:
-            for geometry, dtype in itertools.product(geometries, dtypes or DTYPE_OF):
+        specs: list[Spec] = []
+        for geometry, dtype in itertools.product(geometries, dtypes or DTYPE_OF):
+            for mask in masks:
+                specs += [] if varlen else _for_attention(KernelSpec(DTYPE_OF[dtype], *geometry, mask))
+                specs += [] if varlen is False else [KernelSpec(DTYPE_OF[dtype], *geometry, mask, varlen=True)]
+            if varlen is None:
                 specs += _for_cache(*geometry, DTYPE_OF[dtype], masks, page_size)
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
@@ -99,8 +97,17 @@ def warmup(
     context.exit(1 if errors else 0)
 
 
+def _for_attention(spec: KernelSpec) -> Iterator[KernelSpec]:
+    """What attention() needs for sequences of any length."""
+    yield spec
+    if is_short(spec, 1):
+        yield replace(spec, short=True)
+    for rows in (64, split_rows(spec.head_dim, spec.head_dim_v, spec.gqa_ratio, 1, None)):  # few queries, many keys
+        yield replace(spec, varlen=True, split_rows=rows)
+
+
 def _for_cache(d: int, dv: int, ratio: int, dtype: str, masks: tuple[str, ...], page_size: int | None) -> Iterator[Spec]:
-    """What attention_with_kvcache needs beyond the packed kernels."""
+    """What attention_with_kvcache needs beyond attention_varlen's kernels."""
     yield AppendSpec(dtype)
     chunk = split_rows(d, dv, ratio, 1, None)
     variants = [(mask, rows) for mask in masks for rows in (64, chunk)]
