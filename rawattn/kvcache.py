@@ -91,7 +91,14 @@ class KVCache:
         self._begin(batch)
 
     def append(self, k: Any, v: Any) -> None:
-        """Append k (batch, S, heads, head_dim) and v (batch, S, heads, head_dim_v), as they are, without attending to anything."""
+        """Append k (batch, S, heads, head_dim) and v (batch, S, heads, head_dim_v), as they are, without attending to anything.
+
+        >>> k, v = np.ones((1, 3, 2, 64), np.float16), np.full((1, 3, 2, 64), 7, np.float16)
+        >>> cache = KVCache(1, 16, 2, 64, like=k)
+        >>> cache.append(k, v)
+        >>> cache.v_cache[0, :3, 0, 0]
+        array([7., 7., 7.], dtype=float16)
+        """
         views = {"k": arrays.view("k", k), "v": arrays.view("v", v)}
         rows = self._new_rows(k)
         arrays.check_together({"k_cache": self._k} | views)
@@ -127,6 +134,12 @@ class KVCache:
 
         q (batch, Sq, Hq, head_dim), k (batch, Sq, heads, head_dim), v (batch, Sq, heads, head_dim_v), and the options of
         attention_with_kvcache().
+
+        >>> q, k = np.ones((1, 3, 8, 64), np.float16), np.ones((1, 3, 2, 64), np.float16)
+        >>> cache = KVCache(1, 16, 2, 64, like=q)
+        >>> out, lse = cache.attend(q, k, k, return_lse=True)
+        >>> out.shape, lse.shape, cache.lengths
+        ((1, 3, 8, 64), (1, 8, 3), (3,))
         """
         rows = 0 if k is None else self._new_rows(k)
         captured = self._is_capturing()
@@ -141,7 +154,13 @@ class KVCache:
         return result
 
     def advance(self, rows: int = 1) -> None:
-        """The host's part of a captured step, before its replay: make room for `rows` more tokens of each sequence, and count them."""
+        """The host's part of a captured step, before its replay: make room for `rows` more tokens of each sequence, and count them.
+
+        >>> cache = KVCache(2, 16, 2, 64, like=np.empty(0, np.float16), page_size=16)
+        >>> cache.advance()
+        >>> cache.lengths, cache.cache_seqlens.tolist()  # the step itself counts on the device
+        ((1, 1), [0, 0])
+        """
         self._make_room(rows)
         self._lengths += rows
 
@@ -190,7 +209,15 @@ class KVCache:
         return fork
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empty the sequences `rows`, by default all of them; their pages are free for others."""
+        """Empty the sequences `rows`, by default all of them; their pages are free for others.
+
+        >>> k = np.ones((2, 3, 2, 64), np.float16)
+        >>> cache = KVCache(2, 16, 2, 64, like=k)
+        >>> cache.append(k, k)
+        >>> cache.reset([1])
+        >>> cache.lengths
+        (3, 0)
+        """
         for row in range(len(self._lengths)) if rows is None else self._checked_rows(rows):
             self._lengths[row] = 0
             if self._pool is not None:
@@ -200,10 +227,20 @@ class KVCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
+        """Tokens that each sequence has, as the host counts them.
+
+        >>> KVCache(2, 16, 2, 64, like=np.empty(0, np.float16)).lengths
+        (0, 0)
+        """
         return tuple(self._lengths.tolist())
 
     @property
     def bytes(self) -> int:
+        """Size of the arrays, on the device.
+
+        >>> KVCache(2, 16, 2, 64, like=np.empty(0, np.float16)).bytes - 2 * 2 * 16 * 2 * 64 * 2  # the lengths
+        8
+        """
         held = [self._k, self._v, self._seqlens] + ([] if self._table is None else [self._table])
         return sum(x.strides[0] * x.shape[0] for x in held)
 

@@ -36,6 +36,9 @@ class KernelSpec:
     split_rows: where keys are split among CTAs, the rows of a tile (64 or 128), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
+
+    >>> KernelSpec("bfloat16", 128, 128, 4, "causal").name
+    'attn_fwd_bf16_d128_gqa4_causal'
     """
 
     dtype: str

@@ -121,7 +121,11 @@ def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, ro
 def cache_spec(
     dtype: str, head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, mask: str, rows_q: int | None, page_size: int = 0
 ) -> KernelSpec:
-    """The variant that serves attention_with_kvcache; rows_q as for split_rows, page_size 0 where the cache does not lie in pages."""
+    """The variant that serves attention_with_kvcache; rows_q as for split_rows, page_size 0 where the cache does not lie in pages.
+
+    >>> cache_spec("bfloat16", 128, 128, 4, 8, "causal", 1, page_size=16).name  # one query sees all keys
+    'attn_fwd_bf16_d128_gqa4_full_varlen_split64_page16'
+    """
     split = split_rows(head_dim, head_dim_v, gqa_ratio, kv_heads, rows_q)
     if split and rows_q == 1 and mask == "causal":
         mask = "full"  # the only query sees all keys

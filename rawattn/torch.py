@@ -135,6 +135,12 @@ def flash_attention_forward(
     """aten::_flash_attention_forward: (B, S, H, D), or packed (T, H, D) with cum_seq_q and cum_seq_k.
 
     Returns output, LSE, and what a kernel with dropout would: two of RNG state and a debug mask.
+
+    >>> import torch, rawattn.torch
+    >>> q = k = v = torch.ones(1, 4, 8, 64, dtype=torch.float16)
+    >>> out, lse, *_ = rawattn.torch.flash_attention_forward(q, k, v, None, None, 4, 4, 0.0, True, False)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 4, 8, 64]), torch.Size([1, 8, 4]))
     """
     others |= {"dropout_p": dropout_p, "return_debug_mask": return_debug_mask, "seqused_k": seqused_k, "alibi_slopes": alibi_slopes}
     for name in ("dropout_p", "return_debug_mask", "seqused_k", "alibi_slopes", "block_table"):
@@ -166,7 +172,13 @@ def scaled_dot_product_flash_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """aten::_scaled_dot_product_flash_attention: (B, H, S, D), in any order of strides; the output is laid out as query is."""
+    """aten::_scaled_dot_product_flash_attention: (B, H, S, D), in any order of strides; the output is laid out as query is.
+
+    >>> import torch, rawattn.torch
+    >>> q = k = v = torch.ones(1, 8, 4, 64, dtype=torch.float16)
+    >>> rawattn.torch.scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0].shape
+    torch.Size([1, 8, 4, 64])
+    """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     sizes = q.shape[1], k.shape[1]
     out = torch.empty_like(query).transpose(1, 2)
@@ -195,5 +207,15 @@ def use_in_transformers() -> None:
 
     Prefill, cached decoding, grouped queries, sliding windows, and padding, whose masks become lengths, so that padding is skipped. Masks
     that are no lengths (holes, packed documents, a model's own) are computed by torch's SDPA. Dropout, softcap and sinks are errors.
+
+    >>> transformers = __import__("pytest").importorskip("transformers")
+    >>> import torch, rawattn.torch
+    >>> rawattn.torch.use_in_transformers()
+    >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    >>> config = transformers.LlamaConfig(**sizes, attn_implementation="rawattn")
+    >>> model = transformers.LlamaForCausalLM(config).to(torch.float16).eval()
+    >>> with torch.no_grad():
+    ...     model(torch.tensor([[3, 1, 4, 1, 5]])).logits.shape
+    torch.Size([1, 5, 50])
     """
     import rawattn.transformers  # noqa: F401  registers as it is imported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -88,6 +89,16 @@ def test_import_leaves_no_trace(tmp_path: Path) -> None:
 def test_public_names() -> None:
     for name in rawattn.__all__:
         assert getattr(rawattn, name).__doc__, name
+
+
+@pytest.mark.parametrize("file", ["attention.py", "kvcache.py", "merge.py", "torch.py", "jax.py"])
+def test_every_public_docstring_has_an_example(file: str) -> None:
+    """The doctests run them; errors are shown by what raises them."""
+    module = ast.parse((ROOT / "rawattn" / file).read_text(encoding="utf-8"))
+    public = [x for x in module.body if getattr(x, "name", "_")[0] != "_" and not getattr(x, "name", "").endswith("Call")]
+    public += [x for y in public if isinstance(y, ast.ClassDef) for x in y.body if getattr(x, "name", "_")[0] != "_"]
+    documented = [x for x in public if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
+    assert documented and not [x.name for x in documented if ">>>" not in (ast.get_docstring(x) or "")]
 
 
 def test_changelog_knows_the_version() -> None:

@@ -23,7 +23,16 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawattn.__version__, prog_name="rawattn")
 def main() -> None:
-    """Attention kernels for NVIDIA Hopper, compiled when they are first needed."""
+    """Attention kernels for NVIDIA Hopper, compiled when they are first needed.
+
+    Exit status of each command: 0 if done, 1 if something failed, and the
+    output says what, 2 for a usage error.
+
+    \b
+    Examples:
+        rawattn check
+        rawattn bench prefill --help
+    """
 
 
 main.add_command(bench.bench)
