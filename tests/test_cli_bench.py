@@ -114,7 +114,7 @@ def test_shell_completion(shell: str) -> None:
         ("prefill --heads 32/8", "Give --head-dim, or --model."),
         ("prefill --head-dim 64 --heads 32", "'32' is not query heads/key-value heads; needed: two integers, as in 32/8"),
         ("decode --head-dim 64 --heads 32/5", "'32/5' has 32 query heads for 5 key-value heads; needed: a multiple of them"),
-        ("prefill --head-dim 60", "head_dim is 60; needed: a multiple of 8 from 8 to 256."),
+        ("prefill --head-dim 60", "q has head_dim 60; needed: a multiple of 8 from 8 to 256."),
         ("prefill --head-dim 0", "--head-dim is 0; needed: a multiple of 8 from 8 to 256."),
         ("decode --head-dim 64 --head-dim-v 512", "head_dim_v is 512; needed: a multiple of 8 from 8 to 256."),
         ("prefill --seqlen 0", "0 is not in the range x>=1."),
