@@ -152,3 +152,7 @@ __device__ __forceinline__ void unpack2(uint32_t packed, float& low, float& high
 __device__ __forceinline__ void store_global_16(void* pointer, const uint32_t (&words)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }
+
+__device__ __forceinline__ void store_global_8(void* pointer, uint32_t first, uint32_t second) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(pointer), "r"(first), "r"(second) : "memory");
+}

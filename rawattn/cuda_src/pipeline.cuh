@@ -1,0 +1,393 @@
+// What the kernels share: their arguments, the list of tiles that a CTA works through, where results go, and the producer warp, which feeds Q, K
+// and V through TMA into a ring of shared-memory stages.
+#pragma once
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "mask.cuh"
+#include "softmax.cuh"
+
+struct Arguments {
+    TensorMap q;              // boxes of [TILE_M, 64] of [B, Sq, Hq, D] or [Tq, Hq, D]; SPLIT: of [TILE_M / PACK, PACK, 64] of [B, Sq, Hq / PACK, PACK, D]
+    TensorMap k;              // boxes of [TILE_N, 64] of [B, Sk, Hkv, D], [Tk, Hkv, D] or a cache; PAGE_ROWS: of [PAGE_ROWS, 64] of [N, page_size, Hkv, D]
+    TensorMap v;              // likewise of Dv columns
+    char* out;                // [B, Sq, Hq, Dv] or [Tq, Hq, Dv], 16-bit elements
+    float* lse;               // [B, Hq, Sq] or [Hq, Tq], or null
+    int* next_tile;           // [1], zero before and after a launch: tiles that CTAs have asked for beyond their first
+    const int* cu_seqlens_q;  // [B + 1], or null where all have seqlen_q rows
+    const int* cu_seqlens_k;  // [B + 1], or null
+    const int* cache_seqlens;    // [B], or null
+    const int* cache_batch_idx;  // [B], the row of the cache that a sequence has; or null
+    const int* cache_leftpad;    // [B], keys at the start of that row that nobody sees; or null
+    const int* page_table;       // [B, max_pages]
+    int* arrivals;               // [slots, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
+    float* partial_out;          // [slots, MAX_SPLITS, partial_rows, Dv]: of splits, not yet divided by the sum
+    float2* partial_state;       // [slots, MAX_SPLITS, partial_rows, 4]: their maximum and sum
+    long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
+    long long lse_batch_stride;                                   // elements
+    long long page_table_stride;                                  // elements
+    int batch, heads;                                             // B; Hq, or Hq / PACK
+    int seqlen_q, seqlen_k;                                       // Sq, Sk, or the totals Tq, Tk; for a cache, the keys that it holds at most
+    int new_keys;                                                 // keys that each sequence has beyond cache_seqlens; -1: as many as it has queries
+    int left, right;                                              // window around the diagonal
+    int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
+    int heads_per_group;                                          // heads whose K and V share L2
+    int page_size;
+    int partial_rows;
+    float scale_log2;                                             // softmax scale * log2(e)
+};
+
+constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one period of the 128-byte swizzle
+constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
+constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
+constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
+constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
+constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
+constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
+constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
+constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
+
+// Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
+constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
+constexpr int TILE_FULL = V_EMPTY + 8 * STAGES, TILE_EMPTY = TILE_FULL + 8 * TILE_SLOTS;
+constexpr int BARRIER_BYTES = TILE_EMPTY + 8 * TILE_SLOTS;
+
+// Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
+template <int BUFFERS>
+struct Ring {
+    uint32_t count = 0;
+    __device__ __forceinline__ uint32_t stage() const { return count % BUFFERS; }
+    __device__ __forceinline__ uint32_t phase() const { return count / BUFFERS & 1; }
+};
+
+// One output tile: TILE_ROWS rows of one head, or of the PACK heads of a KV head, of one sequence. Where rows beyond a sequence's end may be a
+// neighbour's, or memory that nobody wrote, the maps' row dimension ends at the last row of the tensor and the offset dimension slides it, so that
+// row `rows - length + i` at offset `start + length` is row i of the sequence and everything past its end is out of bounds: TMA fills zeros.
+struct WorkTile {
+    int first_row, head, batch;  // first_row -1: there is no tile left; a row is PACK * query + head of the pack
+    int q_start, q_length;       // in queries
+    int q_row, q_offset, q_batch;
+    int k_length, k_row, k_offset, k_batch;
+    int first_block, end_block;  // SPLIT: the blocks of keys of this split; then
+    int split, splits;           // its number, and how many the tile has
+    int run_begin, run_end;      // those of them that are in this CTA's share
+    int first_splits;            // those in the share of the CTA that has the first one
+    int slot;                    // that CTA, in whose part of the workspace they meet
+};
+
+struct Sequence {
+    int q_start, q_length, k_start, k_length, k_batch;
+};
+
+__device__ __forceinline__ Sequence sequence(const Arguments& args, int batch) {
+    Sequence seq = {0, args.seqlen_q, 0, args.seqlen_k, batch};
+    if (args.cu_seqlens_q != nullptr) {
+        seq.q_start = args.cu_seqlens_q[batch];
+        seq.q_length = max(0, args.cu_seqlens_q[batch + 1] - seq.q_start);
+    }
+    if (args.cu_seqlens_k != nullptr) {
+        seq.k_start = args.cu_seqlens_k[batch];
+        seq.k_length = max(0, args.cu_seqlens_k[batch + 1] - seq.k_start);
+        seq.k_batch = 0;
+    } else if (args.cache_seqlens != nullptr) {
+        seq.k_start = args.cache_leftpad != nullptr ? max(0, args.cache_leftpad[batch]) : 0;
+        const int end = args.cache_seqlens[batch] + (args.new_keys < 0 ? seq.q_length : args.new_keys);
+        seq.k_length = max(0, min(end, args.seqlen_k) - seq.k_start);
+        if (args.cache_batch_idx != nullptr) seq.k_batch = args.cache_batch_idx[batch];
+    }
+    return seq;
+}
+
+__device__ __forceinline__ Mask sequence_mask(const Arguments& args, int q_length, int k_length) {
+    return {k_length, args.bottom_right ? k_length - q_length : 0, args.left, args.right};
+}
+
+// The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
+// of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other.
+struct TileList {
+    int first_batch = 0, before = 0;  // lengths on the device: the 32 sequences that the warp looks at, one a lane, and the places of all earlier ones
+    Sequence seq;                     // the lane's
+    Places own;
+    int start, through;    // its first place, and the places of all lanes up to it
+    int share_start, share_end, share;  // SPLIT
+    int remaining = 0;                  // splits of the last tile found that the share still has
+
+    // Returns where the CTA's part of the list starts.
+    __device__ __forceinline__ int begin(const Arguments& args) {
+        if constexpr (!SPLIT) return blockIdx.x;
+        look(args);
+        int total = own.count();
+        for (int batch = 32 + threadIdx.x % 32; batch < args.batch; batch += 32) total += places(args, sequence(args, batch)).count();
+        total = __reduce_add_sync(~0u, total);
+        share = (total + gridDim.x - 1) / gridDim.x;
+        share_start = min(total, int(blockIdx.x) * share);
+        share_end = min(total, share_start + share);
+        return share_start;
+    }
+
+    // Writes the tile or split at or after `place` and returns the place after it. Once there is none, `before` is the length of the list.
+    // `last` is what was written the time before.
+    __device__ __forceinline__ int find(const Arguments& args, int place, const WorkTile& last, WorkTile& tile) {
+        const int lane = threadIdx.x % 32;
+        if constexpr (!VARLEN) {
+            const int m_blocks = (args.seqlen_q + TILE_M - 1) / TILE_M, heads = args.heads * args.batch;
+            before = m_blocks * heads;
+            const TilePlace at = tile_place(min(place, before - 1), m_blocks, heads, args.heads_per_group);
+            const int batch = at.head / args.heads, first_row = place < before ? at.m_block * TILE_M : -1;
+            if (lane == 0) tile = {first_row, at.head - batch * args.heads, batch, 0, args.seqlen_q, first_row, 0, batch, args.seqlen_k, 0, 0, batch};
+        } else {
+            if (SPLIT && remaining > 0) {  // the same tile goes on, as most do
+                --remaining;
+                constexpr int WORDS = sizeof(WorkTile) / 4;
+                if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
+                __syncwarp();
+                const int blocks = last.end_block - last.first_block;
+                if (lane == 0) {
+                    tile.split = last.split + 1;
+                    tile.first_block = last.end_block;
+                    tile.end_block = last.end_block + blocks;
+                }
+                return place + blocks + 1;
+            }
+            if constexpr (!SPLIT) look(args);  // again, since it would take registers to keep
+            while (true) {
+                const int item = own.at_or_after(place - start);  // a place may lie inside a split that another CTA has
+                const uint32_t here = __ballot_sync(~0u, item < own.items());
+                if (here != 0) {
+                    const int owner = __ffs(here) - 1, item_start = start + item * own.cost;
+                    if (lane == owner) {
+                        if (!SPLIT || item_start < share_end)
+                            write(args, item, tile);
+                        else
+                            tile.first_row = -1;
+                    }
+                    if constexpr (SPLIT) remaining = __shfl_sync(~0u, remaining, owner);
+                    return __shfl_sync(~0u, item_start + own.cost, owner);
+                }
+                before += __shfl_sync(~0u, through, 31);
+                if (first_batch + 32 >= args.batch) break;
+                first_batch += 32;
+                look(args);
+            }
+            if (lane == 0) tile.first_row = -1;
+        }
+        return place;
+    }
+
+    __device__ __forceinline__ void look(const Arguments& args) {
+        const int lane = threadIdx.x % 32, batch = first_batch + lane;
+        seq = batch < args.batch ? sequence(args, batch) : Sequence{};
+        own = places(args, seq);
+        through = own.count();  // inclusive scan over the lanes
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int below = __shfl_up_sync(~0u, through, distance);
+            if (lane >= distance) through += below;
+        }
+        start = before + through - own.count();
+    }
+
+    static __device__ __forceinline__ Places places(const Arguments& args, const Sequence& seq) {
+        const int rows = seq.q_length * PACK;
+        Places places = {(rows + TILE_ROWS - 1) / TILE_ROWS, args.heads};
+        if constexpr (SPLIT) {
+            if (rows > 0) {
+                const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
+                places.split(blocks.begin, blocks.end, FEW_KEYS / TILE_N);
+            }
+        }
+        return places;
+    }
+
+    __device__ __forceinline__ void write(const Arguments& args, int item, WorkTile& tile) {
+        const int batch = first_batch + threadIdx.x % 32, number = item / own.splits;
+        const TilePlace at = {own.m_blocks - 1 - number / args.heads, number % args.heads};
+        tile.first_row = at.m_block * TILE_ROWS;
+        tile.head = at.head;
+        tile.batch = batch;
+        tile.q_start = seq.q_start;
+        tile.q_length = seq.q_length;
+        tile.q_batch = args.cu_seqlens_q != nullptr ? 0 : batch;
+        if constexpr (SPLIT) {
+            tile.q_row = 0;
+            tile.q_offset = seq.q_start + at.m_block * (TILE_ROWS / PACK);
+        } else {
+            const bool slides = args.cu_seqlens_q != nullptr;
+            tile.q_row = tile.first_row + (slides ? args.seqlen_q - seq.q_length : 0);
+            tile.q_offset = slides ? seq.q_start + seq.q_length : 0;
+        }
+        tile.k_length = seq.k_length;
+        tile.k_row = args.seqlen_k - seq.k_length;
+        tile.k_offset = seq.k_start + seq.k_length;
+        tile.k_batch = seq.k_batch;
+        if constexpr (SPLIT) {
+            tile.split = item - number * own.splits;
+            tile.splits = own.splits;
+            tile.first_block = own.first_block + tile.split * own.blocks;
+            tile.end_block = tile.first_block + own.blocks;
+            const int tile_start = start + number * own.splits * own.cost;
+            tile.run_begin = own.at_or_after(share_start - tile_start);
+            tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
+            remaining = tile.run_end - tile.split - 1;
+            tile.slot = blockIdx.x;
+            tile.first_splits = tile.run_end;
+            if (tile.run_begin > 0) {
+                tile.slot = tile_start / share;
+                tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile& tile) {
+    return sequence_mask(args, tile.q_length, tile.k_length);
+}
+
+// The blocks of keys of a tile, or of its split, with those that the warpgroup of the rows from own_first on sees whole.
+__device__ __forceinline__ KeyBlocks tile_blocks(const Arguments& args, const WorkTile& tile, int own_first) {
+    const int last_row = min(tile.first_row + TILE_ROWS, tile.q_length * PACK) - 1;
+    KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, own_first, own_first + WARPGROUP_ROWS - 1);
+    if constexpr (SPLIT) {
+        blocks.begin = max(blocks.begin, tile.first_block);
+        blocks.end = min(blocks.end, tile.end_block);
+    }
+    return blocks;
+}
+
+// Where row `tile_row` of a tile goes: null if the sequence has no such row, or if nobody asked for the LSE.
+struct Destination {
+    char* out;
+    float* lse;
+};
+
+__device__ __forceinline__ Destination destination(const Arguments& args, const WorkTile& tile, int tile_row) {
+    const int row = tile.first_row + tile_row, query = row / PACK, packed_query = tile.q_start + query, head = tile.head * PACK + row % PACK;
+    if (tile_row >= TILE_ROWS || query >= tile.q_length) return {nullptr, nullptr};
+    char* out = args.out + tile.batch * args.out_batch_stride + packed_query * args.out_row_stride + head * args.out_head_stride;
+    float* lse = args.lse + tile.batch * args.lse_batch_stride + (long long)head * args.seqlen_q + packed_query;
+    return {out, args.lse ? lse : nullptr};
+}
+
+// Where the results of one split of a tile are kept for the CTA that combines them, from row `tile_row` on.
+struct Partial {
+    float* out;     // [rows, Dv]
+    float2* state;  // [rows, 4]: maximum and sum, once for each lane of the row, so that a whole sector is written and none has to be read first
+};
+
+__device__ __forceinline__ Partial partial(const Arguments& args, const WorkTile& tile, int split, int tile_row) {
+    const long long row = (long long)(tile.slot * MAX_SPLITS + split) * args.partial_rows + tile_row;
+    return {args.partial_out + row * HEAD_DIM_V, args.partial_state + 4 * row};
+}
+
+// A tile whose rows see no key: output 0, LSE -inf. One warp writes it.
+__device__ __forceinline__ void store_empty(const Arguments& args, const WorkTile& tile) {
+    const uint32_t zeros[4] = {};
+#pragma unroll 1
+    for (int tile_row = threadIdx.x % 32; tile_row < TILE_ROWS; tile_row += 32) {
+        const Destination to = destination(args, tile, tile_row);
+        if (to.out == nullptr) break;
+#pragma unroll 1
+        for (int column = 0; column < HEAD_DIM_V; column += 8) store_global_16(to.out + 2 * column, zeros);
+        if (to.lse != nullptr) *to.lse = NEGATIVE_INFINITY;
+    }
+}
+
+__device__ __forceinline__ void load_slabs(
+    const TensorMap* map, int slabs, int slab_bytes, uint32_t destination, uint32_t barrier, int row, int offset, int head, int batch) {
+#pragma unroll
+    for (int slab = 0; slab < slabs; ++slab) tma_load(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
+}
+
+// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it, and each lane looks up one page.
+__device__ __forceinline__ void load_block(const Arguments& args, const TensorMap* map, int slabs, uint32_t destination, uint32_t barrier, const WorkTile& tile,
+                                           int block) {
+    const int kv_head = tile.head * PACK / GQA_RATIO, lane = threadIdx.x % 32;
+    if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
+    if constexpr (PAGE_ROWS == 0) {
+        load_slabs(map, slabs, KV_SLAB, destination, barrier, tile.k_row + block * TILE_N, tile.k_offset, kv_head, tile.k_batch);
+    } else {
+        constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
+        for (int first = 0; first < PIECES; first += 32) {
+            // The map of a page slides as that of a sequence does: the last page ends where the sequence ends. Pieces past it load the last key
+            // and zeros, since TMA faults on a box that is out of bounds as a whole where the map's base is no memory.
+            const int key = min(block * TILE_N + (first + lane) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
+            const int length = min(args.page_size, tile.k_length - number * args.page_size), row = args.page_size - length + key - number * args.page_size;
+            const int page = args.page_table[tile.batch * args.page_table_stride + number];
+            __syncwarp();
+#pragma unroll 1
+            for (int i = 0; i < min(PIECES - first, 32); ++i) {
+                const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
+                if (lane == 0)
+                    load_slabs(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, piece_row, piece_length, kv_head, piece_page);
+            }
+        }
+    }
+}
+
+// Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
+// K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
+// Splits are not dealt: a CTA has those of its share.
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
+                                        uint32_t v_smem) {
+    Ring<TILE_SLOTS> slot_ring;
+    Ring<Q_STAGES> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+    int asked = 0;
+    const auto ask = [&] {
+        if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
+    };
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
+        const int next = list.find(args, place, tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], tile_slots[slot]);
+        __syncwarp();
+        const WorkTile& tile = tile_slots[slot];
+        if (tile.first_row < 0) break;
+        const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
+        const bool sees_none = blocks.end <= blocks.begin;
+        if (sees_none && (!SPLIT || tile.splits == 1)) {
+            store_empty(args, tile);
+            ask();
+            __syncwarp();  // and into the same slot
+        } else {
+            ++slot_ring.count;
+            mbarrier_arrive(barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
+            if (PAGE_ROWS > 0 || threadIdx.x == 0) {
+                const auto load_k = [&](int block) {
+                    const uint32_t stage = k_ring.stage();
+                    if (threadIdx.x == 0) mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
+                    load_block(args, &args.k, SLABS_QK, k_smem + stage * K_BYTES, barriers + K_FULL + 8 * stage, tile, block);
+                    ++k_ring.count;
+                };
+                const auto load_v = [&](int block) {
+                    const uint32_t stage = v_ring.stage();
+                    if (threadIdx.x == 0) mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
+                    load_block(args, &args.v, SLABS_V, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, tile, block);
+                    ++v_ring.count;
+                };
+                const auto load_q = [&] {
+                    if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
+                    const uint32_t stage = q_ring.stage(), barrier = barriers + Q_FULL + 8 * stage;
+                    if (threadIdx.x == 0) {
+                        mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
+                        mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
+                        load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                    }
+                    ++q_ring.count;
+                };
+                if (!sees_none) load_k(blocks.end - 1);
+                load_q();
+#pragma unroll 1
+                for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+                    load_k(block);
+                    load_v(block + 1);
+                }
+                ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
+                if (!sees_none) load_v(blocks.begin);
+            }
+        }
+        place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
+    }
+    mbarrier_arrive(barriers + TILE_FULL + 8 * slot_ring.stage());
+    // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
+    if (!SPLIT && threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+}
