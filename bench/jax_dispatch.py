@@ -37,7 +37,7 @@ from jax.experimental.buffer_callback import buffer_callback
 import rawattn
 import rawattn.jax
 from rawattn import reference
-from rawattn.arrays import Array, contiguous_strides, foreign_stream
+from rawattn.arrays import Array, contiguous_strides, dtype_name, foreign_stream
 from rawattn.attention import AttentionCall
 from rawattn.cli import timing
 from rawattn.cli.info import machine
@@ -153,7 +153,7 @@ def ffi_attention(python: PythonTime, *inputs: Any) -> Call:
     import cupy
 
     def placed(pointer: int, like: Any) -> Array:
-        return Array(None, "jax", pointer, like.shape, contiguous_strides(like.shape, like.dtype.itemsize), like.dtype.name, 0)
+        return Array(None, "jax", pointer, like.shape, contiguous_strides(like.shape, like.dtype.itemsize), dtype_name(like.dtype), 0)
 
     call = AttentionCall({name: placed(0, x) for name, x in zip("qkv", inputs, strict=True)}, True, None, None)
     q, _, v = inputs

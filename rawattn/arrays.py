@@ -175,12 +175,12 @@ def _viewer_for(kind: type) -> Viewer:
 
 
 def _view_numpy(name: str, x: Any) -> Array:
-    return Array(x, "numpy", x.ctypes.data, x.shape, x.strides, _dtype_name(x.dtype), None)
+    return Array(x, "numpy", x.ctypes.data, x.shape, x.strides, dtype_name(x.dtype), None)
 
 
 def _view_cupy(name: str, x: Any, framework: str = "cupy") -> Array:
     memory = x.data
-    return Array(x, framework, memory.ptr, x.shape, x.strides, _dtype_name(x.dtype), memory.device_id)
+    return Array(x, framework, memory.ptr, x.shape, x.strides, dtype_name(x.dtype), memory.device_id)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def _view_jax(name: str, x: Any) -> Array:
         raise ValueError(f"{name} is a jax.Array over {len(devices)} devices; needed: one on a single device")
     if next(iter(devices)).platform == "cpu":
         host = np.asarray(x)
-        return Array(x, "jax", host.ctypes.data, host.shape, host.strides, _dtype_name(host.dtype), None)
+        return Array(x, "jax", host.ctypes.data, host.shape, host.strides, dtype_name(host.dtype), None)
     return _view_dlpack(name, x, "jax")
 
 
@@ -252,7 +252,7 @@ def _where(array: Array) -> str:
 
 
 @functools.cache
-def _dtype_name(dtype: np.dtype) -> str:
+def dtype_name(dtype: np.dtype) -> str:
     return dtype.name  # NumPy builds the string anew each time, in 2 us
 
 

@@ -127,7 +127,7 @@ def _view(buffer: Any, device: int) -> Array:
     struct = ctypes.c_void_p.from_address(_capsule_pointer()(buffer.__dlpack__(), b"dltensor"))
     dtype = buffer.dtype
     strides = arrays.contiguous_strides(buffer.shape, dtype.itemsize)
-    return Array(buffer, "jax", struct.value or 0, buffer.shape, strides, dtype.name, device)
+    return Array(buffer, "jax", struct.value or 0, buffer.shape, strides, arrays.dtype_name(dtype), device)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from rawattn import compiler, reference
 from . import peers, plots, timing
 from .check import judge, progress
 from .info import machine
-from .shapes import DTYPE_OF, Command, Shape, checked, geometry, geometry_options
+from .shapes import DTYPE_OF, WINDOW, Command, Shape, checked, geometry, geometry_options
 
 PREFILL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 PREFILL_TOKENS = 16384
@@ -212,6 +212,7 @@ def overhead(names: list[str], json_file: Any, csv_file: Any, plot: Path | None)
 @bench.command()
 @geometry_options
 @click.option("--causal/--full", default=True, show_default=True)
+@click.option("--window", type=WINDOW, help="Keys seen to both sides of the diagonal; -1 is unbounded.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice([*DTYPE_OF]))
 @click.option("--repeats", default=5, show_default=True, type=positive, metavar="N", help="Processes for each figure.")
 @output_options
@@ -221,6 +222,7 @@ def coldstart(
     head_dim_v: int | None,
     heads: tuple[int, int] | None,
     causal: bool,
+    window: tuple[int | None, int | None] | None,
     dtype: str,
     repeats: int,
     json_file: Any,
@@ -233,11 +235,12 @@ def coldstart(
     the CUDA context exists. Your own cache is left alone.
 
     \b
-    Example:
+    Examples, the second of a kernel that takes longest to compile:
         rawattn bench coldstart --model llama-3.1-8b
+        rawattn bench coldstart --head-dim 256 --window 64,0
     """
     q_heads, kv_heads, d, dv = geometry(model, head_dim, head_dim_v, heads) or (32, 8, 128, 128)
-    shape = checked(Shape(dtype, 1, 512, 512, q_heads, kv_heads, d, dv, causal))
+    shape = checked(Shape(dtype, 1, 512, 512, q_heads, kv_heads, d, dv, causal, window))
     report = _report("coldstart") | {"variant": shape.spec.name}
     _run(report, lambda: _take(report, _cold_starts(shape, repeats), _show_time), Outputs(json_file, csv_file, plot))
 
@@ -404,11 +407,11 @@ _IMPORT = "import time; start = time.perf_counter(); import rawattn; print(time.
 _FIRST_CALL = """
 import json, sys, time
 import cupy, ml_dtypes, numpy, rawattn
-dtype, causal, shapes = json.loads(sys.argv[1])
+dtype, causal, window, shapes = json.loads(sys.argv[1])
 q, k, v = (cupy.asarray(numpy.ones(shape, dtype)) for shape in shapes)
 cupy.cuda.runtime.deviceSynchronize()
 start = time.perf_counter()
-rawattn.attention(q, k, v, causal=causal)
+rawattn.attention(q, k, v, causal=causal, window=tuple(window) if window else None)
 cupy.cuda.runtime.deviceSynchronize()
 print(time.perf_counter() - start)
 """
@@ -416,7 +419,7 @@ print(time.perf_counter() - start)
 
 def _cold_starts(shape: Shape, repeats: int) -> Iterator[Piece]:
     heads = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim), (shape.kv_heads, shape.head_dim_v))
-    arguments = json.dumps([DTYPE_OF[shape.dtype], shape.causal, [(1, shape.seqlen_q, *x) for x in heads]])
+    arguments = json.dumps([DTYPE_OF[shape.dtype], shape.causal, shape.window, [(1, shape.seqlen_q, *x) for x in heads]])
 
     def measure(what: str, code: str, filled: bool) -> dict[str, Any]:
         samples = []
