@@ -377,7 +377,8 @@ def test_cold_starts_have_an_empty_folder_each_or_one_that_was_filled(
     assert [uses_gpu for uses_gpu, _ in calls] == [False] * 4 + [True] * 7
     empty, filled = calls[4:7], calls[7:]
     assert len({folder for _, folder in empty}) == 3 and len({folder for _, folder in filled}) == 1
-    assert "250.0 ms" in result.stdout
+    assert "250.0 ms" in result.stdout and "target 2000 ms" in result.stdout
+    assert [x["target_us"] for x in report["cases"]] == [300_000, 2_000_000, 50_000]
 
 
 def test_a_child_has_the_cache_and_the_rawattn_that_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

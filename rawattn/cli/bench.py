@@ -50,6 +50,16 @@ METHODS = {
     "the first call is timed after the CUDA context and the arrays are there, until the GPU is done",
 }
 
+# Microseconds that a call from an idle host, an import and a first call should stay below.
+TARGETS_US = {
+    "rawattn.attention, CuPy": 15,
+    "rawattn.attention, torch": 20,
+    "rawattn.prepare, CuPy, out=": 9,
+    "import rawattn": 300_000,
+    "first call, empty cache": 2_000_000,
+    "first call, filled cache": 50_000,
+}
+
 
 class Outputs(NamedTuple):
     json: Any
@@ -398,9 +408,14 @@ def _host_calls(implementations: list[peers.Implementation]) -> Iterator[Piece]:
 
     def measure(name: str, call: Callable[[], Any]) -> dict[str, Any]:
         with contexts.get(name, nullcontext)():
-            return {"what": name, **timing.summary(timing.host(call))}
+            return _time(name, timing.host(call))
 
     return ((name, partial(measure, name, call)) for name, call in calls.items())
+
+
+def _time(what: str, samples: list[float]) -> dict[str, Any]:
+    target = {"target_us": TARGETS_US[what]} if what in TARGETS_US else {}
+    return {"what": what, **timing.summary(samples), **target}
 
 
 _IMPORT = "import time; start = time.perf_counter(); import rawattn; print(time.perf_counter() - start)"
@@ -428,7 +443,7 @@ def _cold_starts(shape: Shape, repeats: int) -> Iterator[Piece]:
                 child_seconds(code, arguments, folder)
             for i in range(repeats):
                 samples.append(1e6 * child_seconds(code, arguments, folder if filled else os.path.join(folder, str(i))))
-        return {"what": what, **timing.summary(samples)}
+        return _time(what, samples)
 
     yield "import rawattn", partial(measure, "import rawattn", _IMPORT, True)  # once before, for the .pyc files
     yield "first call, empty cache", partial(measure, "first call, empty cache", _FIRST_CALL, False)
@@ -517,8 +532,9 @@ def _show_case(record: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 def _show_time(record: dict[str, Any], report: dict[str, Any]) -> None:
-    value, unit = (record["us"], "us") if report["benchmark"] == "overhead" else (record["us"] / 1e3, "ms")
-    click.echo(f"{record['what']:<32}{value:>10.1f} {unit} ±{timing.spread(record):.1%}")
+    scale, unit = (1, "us") if report["benchmark"] == "overhead" else (1e-3, "ms")
+    target = f"   target {record['target_us'] * scale:.0f} {unit}" if "target_us" in record else ""
+    click.echo(f"{record['what']:<32}{record['us'] * scale:>10.1f} {unit} ±{timing.spread(record):<5.1%}{target}".rstrip())
 
 
 def _problems(cases: list[dict[str, Any]]) -> Iterator[str]:
