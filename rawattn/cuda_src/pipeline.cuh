@@ -323,11 +323,27 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     }
 }
 
+// Shared memory of a CTA, in this order; addresses in the shared window, and pointers for what threads read and write themselves.
+struct Buffers {
+    uint32_t barriers;
+    WorkTile* tile_slots;  // [TILE_SLOTS]
+    int* is_last;          // [CONSUMER_WARPGROUPS], what join_splits tells a warpgroup's threads
+    uint32_t q, k, v;      // [stages, slabs, rows, 64 columns]
+    char* more;            // whatever else the consumers need
+
+    __device__ __forceinline__ explicit Buffers(char* shared)
+        : barriers(shared_address(shared)), tile_slots(reinterpret_cast<WorkTile*>(shared + BARRIER_BYTES)),
+          is_last(reinterpret_cast<int*>(tile_slots + TILE_SLOTS)), q(barriers + CONTROL_BYTES), k(q + Q_STAGES * Q_BYTES), v(k + STAGES * K_BYTES),
+          more(shared + CONTROL_BYTES + Q_STAGES * Q_BYTES + STAGES * (K_BYTES + V_BYTES)) {
+        static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) + 4 * CONSUMER_WARPGROUPS <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
+        if (q % 1024 != 0) __trap();  // the swizzle pattern repeats every 1024 bytes of address
+    }
+};
+
 // Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
 // K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
 // Splits are not dealt: a CTA has those of its share.
-__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
-                                        uint32_t v_smem) {
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
@@ -337,10 +353,10 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
     };
     while (true) {
         const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
-        const int next = list.find(args, place, tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], tile_slots[slot]);
+        mbarrier_wait(buffers.barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
+        const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
-        const WorkTile& tile = tile_slots[slot];
+        const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) break;
         const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
         const bool sees_none = blocks.end <= blocks.begin;
@@ -350,27 +366,27 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
             __syncwarp();  // and into the same slot
         } else {
             ++slot_ring.count;
-            mbarrier_arrive(barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
+            mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
             if (PAGE_ROWS > 0 || threadIdx.x == 0) {
                 const auto load_k = [&](int block) {
                     const uint32_t stage = k_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
-                    load_block(args, &args.k, SLABS_QK, k_smem + stage * K_BYTES, barriers + K_FULL + 8 * stage, tile, block);
+                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
+                    load_block(args, &args.k, SLABS_QK, buffers.k + stage * K_BYTES, buffers.barriers + K_FULL + 8 * stage, tile, block);
                     ++k_ring.count;
                 };
                 const auto load_v = [&](int block) {
                     const uint32_t stage = v_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
-                    load_block(args, &args.v, SLABS_V, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, tile, block);
+                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
+                    load_block(args, &args.v, SLABS_V, buffers.v + stage * V_BYTES, buffers.barriers + V_FULL + 8 * stage, tile, block);
                     ++v_ring.count;
                 };
                 const auto load_q = [&] {
                     if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
-                    const uint32_t stage = q_ring.stage(), barrier = barriers + Q_FULL + 8 * stage;
+                    const uint32_t stage = q_ring.stage(), barrier = buffers.barriers + Q_FULL + 8 * stage;
                     if (threadIdx.x == 0) {
-                        mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
+                        mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
                         mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                        load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                        load_slabs(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
                     }
                     ++q_ring.count;
                 };
@@ -387,7 +403,50 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
         }
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
     }
-    mbarrier_arrive(barriers + TILE_FULL + 8 * slot_ring.stage());
+    mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot_ring.stage());
     // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
     if (!SPLIT && threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+}
+
+__device__ __forceinline__ void make_barriers(uint32_t barriers) {
+    for (int stage = 0; stage < Q_STAGES; ++stage) {
+        mbarrier_init(barriers + Q_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + Q_EMPTY + 8 * stage, CONSUMER_WARPS);
+    }
+    for (int stage = 0; stage < STAGES; ++stage) {
+        mbarrier_init(barriers + K_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + V_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
+        mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
+    }
+    for (int slot = 0; slot < TILE_SLOTS; ++slot) {
+        mbarrier_init(barriers + TILE_FULL + 8 * slot, 32);
+        mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
+    }
+    mbarrier_init_fence();
+}
+
+// A CTA's life: warp 0 produces, the warpgroups from the second on consume.
+template <class Consume>
+__device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
+    TileList list;
+    int place = 0;
+    if (warp == 0) {
+        place = list.begin(args);  // reads lengths, while another warp makes the barriers
+    } else if (threadIdx.x == 32) {
+        prefetch_tensor_map(&args.q);
+        prefetch_tensor_map(&args.k);
+        prefetch_tensor_map(&args.v);
+        make_barriers(buffers.barriers);
+    }
+    if (SPLIT && (warp == 2 || warp == 3)) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
+    __syncthreads();
+    if (warp < 4) {
+        if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
+        if (warp == 0) produce(args, list, place, buffers);
+    } else {
+        if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
+        consume(warp / 4 - 1);
+    }
 }
