@@ -354,8 +354,8 @@ class Plan:
         cache_seqlens: int = 0, cache_batch_idx: int = 0, cache_leftpad: int = 0, page_table: int = 0,
     ) -> None:  # fmt: skip
         """Starts the kernel on the stream of that handle; the arguments are device pointers, 0 for none."""
-        q_map, k_map, v_map = self._maps
         if (q, k, v) != self._mapped:
+            q_map, k_map, v_map = self._maps
             q_map.point_to(q)
             k_map.point_to(k)
             v_map.point_to(v)
@@ -428,10 +428,10 @@ class CachePlan:
         self._row_pointers = words[: 4 * len(_APPEND_ROWS) : 4]  # three strides follow each
         self._append_pointers = words[4 * len(_APPEND_ROWS) :][: len(_APPEND_POINTERS)]
         fields = block[0]
-        for name, array in (views | {"rotated_q": q}).items():
-            if name in _APPEND_ROWS:
-                *batch_stride, row_stride, head_stride, _ = array.strides
-                fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
+        rows = views | {"rotated_q": q} if cos else views
+        for name in rows.keys() & _APPEND_ROWS:
+            *batch_stride, row_stride, head_stride, _ = rows[name].strides
+            fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
         sizes = dict(
             batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
             capacity=capacity, page_size=k.shape[1], rotary_dim=2 * cos.shape[1] if cos else 0, max_position=cos.shape[0] if cos else 0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Collection
-from operator import attrgetter, or_
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -72,9 +72,10 @@ def _torch_access() -> Access:
     def read(xs: Collection[Any]) -> tuple[list[int], list[Any]]:
         addresses: list[int] = []
         geometry: list[Any] = []
+        computes_gradients = grad_enabled()
         try:
             for x in xs:
-                if x.requires_grad and grad_enabled():
+                if computes_gradients and x.requires_grad:
                     return [], []
                 addresses.append(x.data_ptr())
                 geometry += (x.shape, x.stride(), x.dtype, x.get_device())
@@ -99,7 +100,8 @@ class Launcher:
 
         q = views["q"]
         assert q.device is not None
-        self.plan, self.device, self._stream, self._address = call.plan, q.device, access.stream, access.address
+        self.plan, self.device = call.plan, q.device
+        self._launch, self._stream, self._address = call.plan.launch, access.stream, access.address
         self._new_out = access.allocator(q, call.out_shape, q.dtype)
         self._new_lse = access.allocator(q, call.lse_shape, "float32") if return_lse else None
         self._low_bits = [3 if a.dtype == "int32" else 15 for name, a in views.items() if name != "out"] + [15]
@@ -118,14 +120,17 @@ class Launcher:
         if out is None:
             out = self._new_out(q)
             addresses.append(self._address(out))
-        if 0 in addresses or (functools.reduce(or_, addresses) & 15 and not self._are_aligned(addresses)):
+        set_bits = 0
+        for address in addresses:
+            set_bits |= address
+        if 0 in addresses or (set_bits & 15 and not self._are_aligned(addresses)):
             return None
         out_address = addresses.pop()
         if self._new_lse is None:
-            self.plan.launch(self._stream(self.device), out_address, 0, *addresses)
+            self._launch(self._stream(self.device), out_address, 0, *addresses)
             return out
         lse = self._new_lse(q)
-        self.plan.launch(self._stream(self.device), out_address, self._address(lse), *addresses)
+        self._launch(self._stream(self.device), out_address, self._address(lse), *addresses)
         return out, lse
 
     def _are_aligned(self, addresses: list[int]) -> bool:
