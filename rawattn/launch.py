@@ -150,7 +150,7 @@ class _TensorMap:
             status = self._write(pointer + self.origin)
         if status != 0:
             raise RuntimeError(
-                f"A tensor map failed with CUDA error {status}: extents {list(self._extents)}, byte strides {list(self._strides)}"
+                f"Encoding a tensor map failed with CUDA error {status}: extents {list(self._extents)}, byte strides {list(self._strides)}"
             )
         self._pointer = pointer
 

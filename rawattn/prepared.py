@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 class Access(NamedTuple):
     """How to reach the arrays of one framework on GPUs, in as few Python operations as it takes."""
 
-    # Addresses, and what else there is to know: arrays of equal geometry are laid out alike on one device. Empty for arrays that
-    # attention() refuses; no geometry that it took is.
+    # Addresses and geometry: arrays of equal geometry are laid out alike on one device. Both are empty where attention() refuses one.
     read: Callable[[Collection[Any]], tuple[list[int], list[Any]]]
     address: Callable[[Any], int]
-    # Of q's view, a shape and a dtype: a function of q that allocates such an array beside it.
+    # From a view of q, a shape and a dtype: what allocates such an array beside any q like that.
     allocator: Callable[[Array, tuple[int, ...], str], Callable[[Any], Any]]
     stream: Callable[[int], int]  # handle of the current stream of a device
 
