@@ -79,7 +79,7 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
         "current stream": lambda: found.stream(device),
         "plan.launch": lambda: plan.launch(0, to, 0, *inputs),
         "two plan.launch, q moved before each": with_q_moved_twice,
-        "  of it the driver": lambda: plan._kernel.launch(0),
+        "plan.launch, of it the driver": lambda: plan._kernel.launch(0),
     }
     return {
         **{f"{framework} {name}": (call, nullcontext) for name, call in calls.items()},
