@@ -36,6 +36,7 @@ ARGUMENTS = np.dtype(
 # K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
 SHORT = 1024
+PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
 ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 # CUtensorMap enums of cuda.h
@@ -316,7 +317,7 @@ class Plan:
         tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
         multiprocessors = device.attributes["MultiProcessorCount"]
         places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
-        if places >= 1 << 31:
+        if places >= PLACES_LIMIT or (spec.split_rows and m_blocks * (heads // spec.pack) * MAX_SPLITS >= SPLITS_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
         if spec.split_rows and batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
             multiprocessors *= tile.ctas_per_sm  # fewer splits are better spread over as many SMs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MASKS = ("full", "causal", "window")
@@ -14,7 +13,6 @@ class AppendSpec:
     """One compiled variant of the kernel that appends to a KV cache; dtype: "float16" or "bfloat16"."""
 
     dtype: str
-
 
     @property
     def name(self) -> str:
@@ -32,7 +30,7 @@ class KernelSpec:
     gqa_ratio:  query heads for each key/value head.
     mask:       "full", "causal" (keys bounded on the right by the diagonal) or "window" (bounded on both sides).
     varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
-    split_rows: where keys are split among CTAs, the rows of a tile (8, 16, 32, 64 or 128), which the query heads of a KV head share; else 0.
+    split_rows: where keys are split among CTAs, the rows of a tile (8, 16, ... 128), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
     """

@@ -57,7 +57,9 @@ class Tile:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
         carried = 4 * self.tile_m * spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far, in float32
         if self.transposed:
-            carried = 4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)  # whole slabs; what four warps tell each other of each row, twice
+            carried = (
+                4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)
+            )  # whole slabs; what four warps tell each other of each row, twice
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + carried
 
 
@@ -91,7 +93,6 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 # A block has as many keys as in the first row, and the diagonal falls as it does there: the bits are the same.
 SHORT_QUERIES = 1024
 SHORT_TILE = Tile(128, 128, 2, 2, (40, 232), False, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
-
 
 
 def _few_rows(rows: int, tile_n: int, q_stages: int, stages: int, reason: str, ctas_per_sm: int = 1) -> Tile:

@@ -102,10 +102,11 @@ def warmup(
 def _for_cache(d: int, dv: int, ratio: int, dtype: str, masks: tuple[str, ...], page_size: int | None) -> Iterator[Spec]:
     """What attention_with_kvcache needs beyond the packed kernels."""
     yield AppendSpec(dtype)
-    chunk = split_rows(d, dv, ratio, 1, None)
-    variants = [(mask, rows) for mask in masks for rows in (64, chunk)]
+    one = split_rows(d, dv, ratio, 1, 1)
+    each = sorted({one, split_rows(d, dv, ratio, 1, None), *(rows for rows in (8, 16, 32, 64) if rows > one)})
+    variants = [(mask, rows) for mask in masks for rows in each]
     if "causal" in masks:
-        variants.append(("full", 64))  # one query sees all keys
+        variants.append(("full", one))  # one query sees all keys
     for mask, rows in variants:
         yield KernelSpec(dtype, d, dv, ratio, mask, True, rows)
     if page_size is not None:

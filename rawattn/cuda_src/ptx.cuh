@@ -111,6 +111,12 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
 // Makes the thread's writes to shared memory visible to WGMMA (fence.proxy, 9.7.13.4).
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- memory order ----
+
+// Orders what this thread, and those that it has met at a barrier, did in global memory before with what others do after they have seen it
+// (fence, 9.7.13.4); cheaper than __threadfence(), which is sequentially consistent.
+__device__ __forceinline__ void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // ---- registers, barriers between warpgroups ----
 
 // setmaxnreg (9.7.20.5)
@@ -135,6 +141,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// rcp (9.7.3.13): within 1 ulp
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
