@@ -117,7 +117,7 @@ def prepare(
         import cupy
 
         with cupy.cuda.Device(call.device):
-            call.make_plan(views, out)
+            call.plan = call.make_plan(views, out)
         launcher = Launcher(fast, call, views, return_lse)
     return Prepared(views | {"out": out}, options, launcher, attention)
 
@@ -254,29 +254,38 @@ def attention_with_kvcache(
 
 
 _lengths_made: dict[tuple[int, int, int], Any] = {}  # never emptied, for captured graphs read them
-_local = threading.local()  # plans fill their argument block in place, so each thread has its own
+
+
+class _Local(threading.local):
+    """What each thread keeps for itself: plans fill their argument block in place."""
+
+    def __init__(self) -> None:
+        self.launchers: dict[tuple, Launcher] = {}
+        self.plans: dict[tuple, Call] = {}
+
+
+_local = _Local()
 
 
 def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, return_lse: bool) -> Any:
     """The result of a call of that kind. Where arrays of this geometry have been found right before, it is launched at once."""
-    q = inputs["q"]
-    fast = access(type(q)) if len(set(map(type, inputs.values()))) == 1 else None
+    kinds = {*map(type, inputs.values())}
+    fast = access(*kinds) if len(kinds) == 1 else None
     if fast is not None:
-        found = [fast.read(x) for x in inputs.values()]
-        key = (kind, type(q), options, return_lse, *inputs, *[geometry for _, geometry in found])
-        launchers = _local.__dict__.setdefault("launchers", {})
-        launcher = launchers.get(key)
+        addresses, geometry = fast.read(inputs.values())
+        key = (kind, *kinds, options, return_lse, *inputs, *geometry)
+        launcher = _local.launchers.get(key)
         if launcher is not None:
-            result = launcher(q, [pointer for pointer, _ in found], inputs.get("out"))
+            result = launcher(inputs["q"], addresses, inputs.get("out"))
             if result is not None:
                 return result
     views = _views(inputs)
     call = _checked_call(kind, views, options)
     result = call(views, return_lse)
     if fast is not None and call.plan is not None:
-        if len(launchers) >= PLANS_KEPT:
-            launchers.clear()
-        launchers[key] = Launcher(fast, call, views, return_lse)
+        if len(_local.launchers) >= PLANS_KEPT:
+            _local.launchers.clear()
+        _local.launchers[key] = Launcher(fast, call, views, return_lse)
     return result
 
 
@@ -287,14 +296,13 @@ def _views(inputs: dict[str, Any]) -> dict[str, Array]:
 def _checked_call(kind: Callable[..., Any], views: dict[str, Array], options: tuple) -> Any:
     """The call of that kind on arrays of this geometry: one that was found right before, or else a new one."""
     key = (kind, options, *views, *[(a.shape, a.strides, a.dtype, a.device, a.framework) for a in views.values()])
-    plans = _local.__dict__.setdefault("plans", {})
-    call = plans.get(key)
+    call = _local.plans.get(key)
     if call is None:
         call = kind(views, *options)
         if call.device is not None:
-            if len(plans) >= PLANS_KEPT:
-                plans.clear()
-            plans[key] = call
+            if len(_local.plans) >= PLANS_KEPT:
+                _local.plans.clear()
+            _local.plans[key] = call
     return call
 
 
@@ -310,6 +318,7 @@ class Call(ABC):
         self.scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.masks: dict[str, Any] = {"causal": causal, "window": window, "scale": self.scale}
         self.plan: Any = None
+        self.has_no_keys: bool
 
     def __call__(self, views: dict[str, Array], return_lse: bool) -> Any:
         return self.on_host(views, return_lse) if self.device is None else self.on_device(views, return_lse)
@@ -354,9 +363,20 @@ class Call(ABC):
         assert self.device is not None
         check_gpu(self.device)
 
-    @abstractmethod
     def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
         """On the current device: the work, queued on `stream`."""
+        if 0 in out.shape or self.batch == 0:
+            return
+        if self.has_no_keys:
+            _fill_without_keys(out, lse, stream)
+            return
+        if self.plan is None:
+            self.plan = self.make_plan(inputs, out)
+        self.plan.launch(stream.ptr, out.pointer, lse.pointer if lse else 0, *[a.pointer for a in inputs.values()])
+
+    @abstractmethod
+    def make_plan(self, inputs: dict[str, Array], out: Array) -> Any:
+        """What launches the kernel, compiled or loaded on the current device: launch(stream, out, lse, *addresses of the inputs)."""
 
     @abstractmethod
     def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -369,6 +389,7 @@ class AttentionCall(Call):
         self.varlen = "cu_seqlens_q" in views
         checks.check_attention(views, self.varlen)
         super().__init__(q, v, checks.batch_of(views), causal, window, scale)
+        self.has_no_keys = 0 in k.shape
         ratio = q.shape[-2] // k.shape[-2] if k.shape[-2] else 1
         self.spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, checks.mask_kind(self.left, self.right), self.varlen)
         if not self.varlen and FEW_QUERIES * q.shape[1] <= k.shape[1]:
@@ -381,21 +402,8 @@ class AttentionCall(Call):
         compute = reference.attention_varlen if self.varlen else reference.attention
         return compute(**inputs, **self.masks, return_lse=True)
 
-    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        if 0 in out.shape:
-            return
-        if 0 in k.shape or self.batch == 0:
-            _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
-            return
-        if self.plan is None:
-            self.make_plan(inputs, out)
-        cu_q, cu_k = (inputs["cu_seqlens_q"].pointer, inputs["cu_seqlens_k"].pointer) if self.varlen else (0, 0)
-        self.plan.launch(stream, q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer if lse else 0, cu_q, cu_k)
-
-    def make_plan(self, inputs: dict[str, Array], out: Array) -> None:
-        """Compiles or loads the kernel. On the current device."""
-        self.plan = launch.Plan(
+    def make_plan(self, inputs: dict[str, Array], out: Array) -> launch.Plan:
+        return launch.Plan(
             self.spec, inputs["q"], inputs["k"], inputs["v"], out,
             batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
         )  # fmt: skip
@@ -406,6 +414,7 @@ class CacheCall(Call):
         checks.check_cache(views)
         super().__init__(views["q"], views["v_cache"], checks.batch_of(views), causal, window, scale)
         self.capacity = checks.capacity_of(views)
+        self.has_no_keys = self.capacity == 0 or 0 in views["k_cache"].shape
         self.new_rows = views["q"].shape[1] if "k" in views and "cu_seqlens_q" not in views else 0
         self.interleaved = interleaved
 
@@ -422,15 +431,8 @@ class CacheCall(Call):
             reference.append_to_cache(**written, rotary_interleaved=self.interleaved)
         return result
 
-    def launch(self, inputs: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        if 0 in out.shape:
-            return
-        if self.capacity == 0 or 0 in inputs["k_cache"].shape or self.batch == 0:
-            _fill_without_keys(out, lse, stream, wanted=self.batch > 0)
-            return
-        if self.plan is None:
-            self.plan = launch.CachePlan(inputs, out, left=self.left, right=self.right, scale=self.scale, interleaved=self.interleaved)
-        self.plan.launch(inputs, out, lse, stream)
+    def make_plan(self, inputs: dict[str, Array], out: Array) -> launch.CachePlan:
+        return launch.CachePlan(inputs, out, left=self.left, right=self.right, scale=self.scale, interleaved=self.interleaved)
 
 
 def _equal_lengths(length: int, batch: int, q: Array) -> Array:
@@ -456,10 +458,8 @@ def _equal_lengths(length: int, batch: int, q: Array) -> Array:
     return arrays.view("cache_seqlens", made[index])
 
 
-def _fill_without_keys(out: Array, lse: Array | None, stream: Any, wanted: bool) -> None:
+def _fill_without_keys(out: Array, lse: Array | None, stream: Any) -> None:
     """No key at all: outputs 0 and LSE -inf, without a kernel (a tensor map cannot be empty)."""
-    if not wanted:
-        return
     with stream:
         arrays.as_cupy(out)[...] = 0
         if lse is not None:

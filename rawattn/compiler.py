@@ -67,7 +67,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
     'constexpr int HEAD_DIM = 128;'
     """
     if isinstance(spec, AppendSpec):
-        return "\n".join([_constants({"BF16": spec.dtype == "bfloat16"}), _inlined(spec.main_file, set())])
+        return "\n".join([_constants({"BF16": spec.dtype == "bfloat16"}), _inlined(main_file(spec), set())])
     tile = tile_for(spec)
     producer_registers, consumer_registers = tile.registers
     constants: dict[str, int | bool] = {
@@ -83,7 +83,6 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "CTAS_PER_SM": tile.ctas_per_sm,
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
-        "PING_PONG": tile.ping_pong,
         "PACK": spec.pack,
         "SPLIT": spec.split_rows > 0,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
@@ -94,25 +93,33 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "VARLEN": spec.varlen,
         "BF16": spec.dtype == "bfloat16",
     }
+    if not tile.transposed:
+        constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
-    return "\n".join(
-        [
-            _constants(constants),
-            _wgmma("wgmma_scores", tile.tile_n, element, a_in_registers=False),
-            _wgmma("wgmma_output", spec.head_dim_v, element, a_in_registers=True),
-            _inlined(spec.main_file, set()),
-        ]
-    )
+    if tile.transposed:
+        scores = _wgmma("wgmma_scores", tile.tile_m, element, "1, 1, 0, 0")
+        output = _wgmma("wgmma_output", tile.tile_m, element, "1, 1, 1, 0")
+    else:
+        scores = _wgmma("wgmma_scores", tile.tile_n, element, "1, 1, 0, 0")
+        output = _wgmma("wgmma_output", spec.head_dim_v, element, "1, 1, 1", a_in_registers=True)
+    return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
+
+
+def main_file(spec: KernelSpec | AppendSpec) -> str:
+    """The file of cuda_src with the kernel, whose entry point has the name of the file."""
+    if isinstance(spec, AppendSpec):
+        return "append_kv.cu"
+    return "attention_decode.cu" if tile_for(spec).transposed else "attention_forward.cu"
 
 
 def _constants(constants: Mapping[str, int | bool]) -> str:
     return "\n".join(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items())
 
 
-def _wgmma(name: str, n: int, element: str, a_in_registers: bool) -> str:
+def _wgmma(name: str, n: int, element: str, flags: str, a_in_registers: bool = False) -> str:
     """A C++ wrapper of the m64n{n}k16 WGMMA: d = a @ b, plus d where `accumulate`. Generated, because d is n/2 operands.
 
-    a is K-major in shared memory, with b likewise (Q K^T), or in registers, with b MN-major in shared memory (P V).
+    `flags` are scale-a, scale-b, then one transpose flag (1 = MN-major) for each operand in shared memory.
     """
     size = n // 2
     a = [f"a{i}" for i in range(4)] if a_in_registers else ["a_desc"]
@@ -122,8 +129,7 @@ def _wgmma(name: str, n: int, element: str, a_in_registers: bool) -> str:
     d_operands = ", ".join(f"%{i}" for i in range(size))
     a_operands = ", ".join(f"%{size + i}" for i in range(len(a)))
     b_operand, accumulate = size + len(a), size + len(a) + 1
-    # Behind the predicate: scale-a, scale-b, then one transpose flag (1 = MN-major) for each operand in shared memory.
-    a_text, flags = (f"{{{a_operands}}}", "1, 1, 1") if a_in_registers else (a_operands, "1, 1, 0, 0")
+    a_text = f"{{{a_operands}}}" if a_in_registers else a_operands
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{size}], {parameters}, unsigned long long b_desc, int accumulate) {{
     asm volatile("{{.reg .pred p; setp.ne.b32 p, %{accumulate}, 0;\\n"
@@ -379,7 +385,7 @@ def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
             f"The NVIDIA driver knows CUDA {newest // 1000}.{newest % 1000 // 10} and cannot load a kernel of NVRTC "
             f"{'.'.join(map(str, nvrtc_version()))} ({error}): update the driver or install an NVRTC no newer than it"
         ) from error
-    kernel = module.get_function(Path(spec.main_file).stem)  # the entry point has the name of its file
+    kernel = module.get_function(Path(main_file(spec)).stem)
     if isinstance(spec, KernelSpec):
         size = tile_for(spec).shared_memory_bytes(spec)
         driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)

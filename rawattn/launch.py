@@ -36,6 +36,7 @@ ARGUMENTS = np.dtype(
 # K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
 SHORT = 1024
+PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
 ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 # CUtensorMap enums of cuda.h
@@ -51,11 +52,53 @@ def _driver(function: str) -> Any:
         raise UnsupportedEnvironment(f"The NVIDIA driver has no {function} ({error}); install driver 525 or newer.") from None
 
 
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet
+
+
+def _make_context_current() -> None:
+    """Gives the calling thread the context of its device, as the CUDA runtime does by itself and the driver does not."""
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())
+
+
+class _BoundKernel:
+    """A kernel with all that a launch needs but the stream. Its argument is a struct in host memory, taken as it is at the launch.
+
+    CuPy's own call of a kernel ends in the same function of the driver, after it has looked at each argument anew.
+    """
+
+    def __init__(self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray):
+        from cupy.cuda import driver
+
+        self._kept = kernel, argument
+        self._parameters = (ctypes.c_void_p * 1)(argument.ctypes.data)
+        self._address = ctypes.addressof(self._parameters)
+        self._launch = functools.partial(driver.launchKernel, kernel.ptr, grid, 1, 1, threads, 1, 1, shared_memory)
+        self._error = driver.CUDADriverError
+
+    def launch(self, stream: int) -> None:
+        try:
+            self._launch(stream, self._address, 0)
+        except self._error as error:
+            if error.status != _INVALID_CONTEXT:
+                raise
+            _make_context_current()
+            self._launch(stream, self._address, 0)
+
+
 @functools.cache
 def _encode_tiled() -> Any:
     encode = _driver("cuTensorMapEncodeTiled")
     encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4]
     return encode
+
+
+@functools.cache
+def _replace_address() -> Any:
+    replace_address = _driver("cuTensorMapReplaceAddress")
+    replace_address.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return replace_address
 
 
 class _TensorMap:
@@ -99,18 +142,29 @@ class _TensorMap:
         return cls(address, array.dtype, extents, strides, (pack, box_queries, 1, 1))
 
     def point_to(self, pointer: int) -> None:
-        """Encodes the map anew only where the pointer changed."""
+        """Does nothing where the pointer is the one of the last time."""
         if pointer == self._pointer:
             return
-        status = _encode_tiled()(
-            self._address, self._dtype, 5, pointer + self.origin, self._extents, self._strides, self._box, self._element_strides,
-            _INTERLEAVE_NONE, _SWIZZLE_128B, self._promotion, _OUT_OF_BOUNDS_ZEROS,
-        )  # fmt: skip
+        status = self._write(pointer + self.origin)
+        if status == _INVALID_CONTEXT:
+            _make_context_current()
+            status = self._write(pointer + self.origin)
         if status != 0:
             raise RuntimeError(
-                f"cuTensorMapEncodeTiled failed with CUDA error {status}: extents {list(self._extents)}, byte strides {list(self._strides)}"
+                f"Encoding a tensor map failed with CUDA error {status}: extents {list(self._extents)}, byte strides {list(self._strides)}"
             )
         self._pointer = pointer
+
+    def _write(self, start: int) -> int:
+        status: int
+        if self._pointer is None:
+            status = _encode_tiled()(
+                self._address, self._dtype, 5, start, self._extents, self._strides, self._box, self._element_strides,
+                _INTERLEAVE_NONE, _SWIZZLE_128B, self._promotion, _OUT_OF_BOUNDS_ZEROS,
+            )  # fmt: skip
+        else:
+            status = _replace_address()(self._address, start)
+        return status
 
 
 def _stream_key(stream: int) -> tuple[int, int]:
@@ -234,17 +288,13 @@ class Plan:
 
         tile = tile_for(spec)
         device = cupy.cuda.Device()
-        self._kernel = load(spec)
         self._counters = _tile_counters(device.id)
-        self._shared_memory = tile.shared_memory_bytes(spec)
-        self._block = (tile.threads,)
 
         # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
         storage = np.zeros(ARGUMENTS.itemsize + 128, np.uint8)
         start = -storage.ctypes.data % 128
         block = storage[start : start + ARGUMENTS.itemsize]
-        self._arguments = (block.view(f"V{ARGUMENTS.itemsize}"),)  # CuPy passes a one-element NumPy array by value
-        self._pointers = block[384:480].view(np.uint64)
+        self._pointers = (ctypes.c_uint64 * len(POINTERS)).from_buffer(block.data, 384)
         address = block.ctypes.data
         ragged = len(q.shape) == 3
         tile_rows = tile.tile_m // spec.pack * spec.pack
@@ -258,6 +308,7 @@ class Plan:
             _TensorMap.of_rows(address + 128, k, box_rows, slides=spec.varlen),
             _TensorMap.of_rows(address + 256, v, box_rows, slides=spec.varlen),
         )
+        self._mapped: tuple[int, int, int] | None = None
 
         rows_q, heads, _ = q.shape[-3:]
         rows_k = k.shape[-3] if capacity is None else capacity
@@ -266,11 +317,12 @@ class Plan:
         tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
         multiprocessors = device.attributes["MultiProcessorCount"]
         places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
-        if places >= 1 << 31:
+        if places >= PLACES_LIMIT or (spec.split_rows and m_blocks * (heads // spec.pack) * MAX_SPLITS >= SPLITS_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
         if spec.split_rows and batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
             multiprocessors *= tile.ctas_per_sm  # fewer splits are better spread over as many SMs
-        self._grid = (min(multiprocessors, tiles * MAX_SPLITS if spec.split_rows else tiles),)
+        grid = min(multiprocessors, tiles * MAX_SPLITS if spec.split_rows else tiles)
+        self._kernel = _BoundKernel(load(spec), grid, tile.threads, tile.shared_memory_bytes(spec), block)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         heads_per_group = 1
@@ -299,23 +351,25 @@ class Plan:
             self._workspaces = _workspaces(device.id)
 
     def launch(
-        self, stream: Any, q: int, k: int, v: int, out: int, lse: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0,
+        self, stream: int, out: int, lse: int, q: int, k: int, v: int, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0,
         cache_seqlens: int = 0, cache_batch_idx: int = 0, cache_leftpad: int = 0, page_table: int = 0,
     ) -> None:  # fmt: skip
-        """Starts the kernel on `stream`; the arguments are device pointers, 0 for none."""
-        q_map, k_map, v_map = self._maps
-        q_map.point_to(q)
-        k_map.point_to(k)
-        v_map.point_to(v)
+        """Starts the kernel on the stream of that handle; the arguments are device pointers, 0 for none."""
+        if (q, k, v) != self._mapped:
+            q_map, k_map, v_map = self._maps
+            q_map.point_to(q)
+            k_map.point_to(k)
+            v_map.point_to(v)
+            self._mapped = (q, k, v)
         if self._workspaces is None:
-            next_tile, workspace = self._counters.address(stream.ptr), (0, 0, 0)
+            next_tile, workspace = self._counters.address(stream), (0, 0, 0)
         else:
-            arrivals = self._workspaces.address(stream.ptr, self._workspace_bytes)
+            arrivals = self._workspaces.address(stream, self._workspace_bytes)
             next_tile, workspace = 0, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
-        self._pointers[:] = (
+        self._pointers[:] = [
             out, lse, next_tile, cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, *workspace,
-        )  # fmt: skip
-        self._kernel(self._grid, self._block, self._arguments, shared_mem=self._shared_memory, stream=stream)
+        ]  # fmt: skip
+        self._kernel.launch(stream)
 
 
 # struct Rows and struct Arguments of cuda_src/append_kv.cu
@@ -339,7 +393,7 @@ APPEND_THREADS = 128
 class CachePlan:
     """attention_with_kvcache on one geometry: the kernel that appends and rotates, where there are new keys, and then the attention.
 
-    `views` are the arrays that the call was given, by the names of its arguments.
+    `views` are the arrays that the call was given, by the names of its arguments; launch() takes their addresses in the same order.
     """
 
     def __init__(self, views: dict[str, Array], out: Array, *, left: int, right: int, scale: float, interleaved: bool):
@@ -358,46 +412,47 @@ class CachePlan:
         if page_table:
             spec = replace(spec, page_rows=math.gcd(k.shape[1], tile_for(spec).tile_n))
         cos = views.get("rotary_cos")
-        self._rotates = cos is not None
-        if self._rotates:  # the kernel reads the rotated copy
-            q = replace(q, strides=arrays.contiguous_strides(q.shape, 2))
+        self._rotated_q: Array | None = None
+        if cos:  # the kernel reads the rotated copy
+            self._rotated_q = q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
+        self._names = tuple(views)
+        self._passed_on = [name for name in POINTERS if name in views]
         self._attention = Plan(
             spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale, capacity=capacity,
             new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride,
         )  # fmt: skip
-        self._append: Any = None
+        self._append: _BoundKernel | None = None
         if not appends:
             return
-        self._append = load(AppendSpec(q.dtype))
         block = np.zeros(1, APPEND_ARGUMENTS)
-        self._append_fields, self._append_arguments = block[0], (block,)
+        words = block.view(np.uint64)
+        self._row_pointers = words[: 4 * len(_APPEND_ROWS) : 4]  # three strides follow each
+        self._append_pointers = words[4 * len(_APPEND_ROWS) :][: len(_APPEND_POINTERS)]
+        fields = block[0]
+        rows = views | {"rotated_q": q} if cos else views
+        for name in rows.keys() & _APPEND_ROWS:
+            *batch_stride, row_stride, head_stride, _ = rows[name].strides
+            fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
         sizes = dict(
             batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
             capacity=capacity, page_size=k.shape[1], rotary_dim=2 * cos.shape[1] if cos else 0, max_position=cos.shape[0] if cos else 0,
             interleaved=interleaved, query_advances=mask != "full" or rows_q == 1,
         )  # fmt: skip
         for name, size in sizes.items():
-            self._append_fields[name] = size
-        self._append_fields["page_table_stride"] = page_table_stride
+            fields[name] = size
+        fields["page_table_stride"] = page_table_stride
         tokens = q.shape[-3] * (1 if ragged else batch)
-        warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if self._rotates else 0))
-        self._append_grid = (-(-32 * warps // APPEND_THREADS),)
+        warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
+        self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
 
-    def launch(self, views: dict[str, Array], out: Array, lse: Array | None, stream: Any) -> None:
-        q = views["q"]
+    def launch(self, stream: int, out: int, lse: int, *addresses: int) -> None:
+        at = dict(zip(self._names, addresses, strict=True))
+        q = at["q"]
         if self._append is not None:
-            rows = {name: views[name] for name in ("q", "k", "v", "k_cache", "v_cache")}
-            if self._rotates:
-                rows["rotated_q"] = q = arrays.empty(q, q.shape, q.dtype)
-            fields = self._append_fields
-            for name, array in rows.items():
-                fields[name]["data"] = array.pointer
-                *batch_stride, row_stride, head_stride, _ = array.strides
-                fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
-            for name in _APPEND_POINTERS:
-                fields[name] = views[name].pointer if name in views else 0
-            self._append(self._append_grid, (APPEND_THREADS,), self._append_arguments, stream=stream)
-        pointers = {name: views[name].pointer for name in POINTERS if name in views}
-        self._attention.launch(
-            stream, q.pointer, views["k_cache"].pointer, views["v_cache"].pointer, out.pointer, lse.pointer if lse else 0, **pointers
-        )
+            if self._rotated_q is not None:
+                rotated = arrays.empty(self._rotated_q, self._rotated_q.shape, self._rotated_q.dtype)
+                at["rotated_q"] = q = rotated.pointer
+            self._row_pointers[:] = [at.get(name, 0) for name in _APPEND_ROWS]
+            self._append_pointers[:] = [at.get(name, 0) for name in _APPEND_POINTERS]
+            self._append.launch(stream)
+        self._attention.launch(stream, out, lse, q, at["k_cache"], at["v_cache"], **{name: at[name] for name in self._passed_on})

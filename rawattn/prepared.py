@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 class Access(NamedTuple):
     """How to reach the arrays of one framework on GPUs, in as few Python operations as it takes."""
 
-    read: Callable[[Any], tuple[int, tuple]]  # address and geometry: arrays of equal geometry are laid out alike on one device
-    empty: Callable[[Any, tuple[int, ...], Any], Any]  # from an array on the same device, a shape and a dtype of the framework's
-    dtype: Callable[[str], Any]
-    stream: Callable[[int], Any]  # the current stream of a device
-
-
-NO_GEOMETRY: tuple[int, tuple] = (0, ())  # of what attention() refuses; nothing that it took has it
+    # Addresses and geometry: arrays of equal geometry are laid out alike on one device. Both are empty where attention() refuses one.
+    read: Callable[[Collection[Any]], tuple[list[int], list[Any]]]
+    address: Callable[[Any], int]
+    # From a view of q, a shape and a dtype: what allocates such an array beside any q like that.
+    allocator: Callable[[Array, tuple[int, ...], str], Callable[[Any], Any]]
+    stream: Callable[[int], int]  # handle of the current stream of a device
 
 
 _accesses: dict[type, Access | None] = {}
@@ -48,82 +47,93 @@ def _cupy_access() -> Access:
 
     ndarray, current_stream = cupy.ndarray, cupy.cuda.get_current_stream
 
-    def read(x: Any) -> tuple[int, tuple]:
-        memory = x.data
-        return memory.ptr, (x.shape, x.strides, x.dtype, memory.device_id)
+    def read(xs: Collection[Any]) -> tuple[list[int], list[Any]]:
+        addresses: list[int] = []
+        geometry: list[Any] = []
+        for x in xs:
+            memory = x.data
+            addresses.append(memory.ptr)
+            geometry += (x.shape, x.strides, x.dtype, memory.device_id)
+        return addresses, geometry
 
-    def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        return ndarray(shape, dtype)
+    def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
+        dtype = np.dtype(name)
+        return lambda q: ndarray(shape, dtype)
 
-    return Access(read, empty, np.dtype, current_stream)
+    return Access(read, attrgetter("data.ptr"), allocator, lambda device: current_stream(device).ptr)
 
 
 def _torch_access() -> Access:
     import torch
 
-    grad_enabled, stream_pointer, streams = torch.is_grad_enabled, arrays.torch_stream_pointer(), arrays.foreign_stream
+    grad_enabled = torch.is_grad_enabled
 
-    def read(x: Any) -> tuple[int, tuple]:
-        if x.requires_grad and grad_enabled():
-            return NO_GEOMETRY
+    def read(xs: Collection[Any]) -> tuple[list[int], list[Any]]:
+        addresses: list[int] = []
+        geometry: list[Any] = []
+        computes_gradients = grad_enabled()
         try:
-            return x.data_ptr(), (x.shape, x.stride(), x.dtype, x.get_device())
+            for x in xs:
+                if computes_gradients and x.requires_grad:
+                    return [], []
+                addresses.append(x.data_ptr())
+                geometry += (x.shape, x.stride(), x.dtype, x.get_device())
         except RuntimeError:  # sparse and nested tensors, tensors inside torch.func
-            return NO_GEOMETRY
+            return [], []
+        return addresses, geometry
 
-    def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        return like.new_empty(shape, dtype=dtype)
+    def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
+        if (shape, name) == (q.shape, q.dtype):
+            return functools.partial(torch.empty_like, memory_format=torch.contiguous_format)  # in half the time
+        dtype = getattr(torch, name)
+        return lambda q: q.new_empty(shape, dtype=dtype)
 
-    def stream(device: int) -> Any:
-        return streams(stream_pointer(device), device)
-
-    return Access(read, empty, functools.partial(getattr, torch), stream)
+    return Access(read, torch.Tensor.data_ptr, allocator, arrays.torch_stream_pointer())
 
 
 class Launcher:
-    """Launches a call again on other arrays of its geometry, at addresses read from them. Keeps no array; not thread-safe, as the plan."""
+    """Launches a plan again on other arrays of its geometry. Keeps no array; not thread-safe, as the plan."""
 
     def __init__(self, access: Access, call: Call, views: dict[str, Array], return_lse: bool):
         import cupy
 
-        self._read, self._empty, dtype, self._stream = access
         q = views["q"]
         assert q.device is not None
-        self.call, self.device = call, q.device
-        self._dtype, self._float32 = dtype(q.dtype), dtype("float32")
-        self._inputs = {name: replace(a, owner=None) for name, a in views.items()}
-        self._out = self._inputs.pop("out") if "out" in views else _contiguous(q, call.out_shape, q.dtype)
-        self._lse = _contiguous(q, call.lse_shape, "float32") if return_lse else None
-        self._arrays = [(a, 3 if a.dtype == "int32" else 15) for a in (*self._inputs.values(), self._out)]
+        self.plan, self.device = call.plan, q.device
+        self._launch, self._stream, self._address = call.plan.launch, access.stream, access.address
+        self._new_out = access.allocator(q, call.out_shape, q.dtype)
+        self._new_lse = access.allocator(q, call.lse_shape, "float32") if return_lse else None
+        self._low_bits = [3 if a.dtype == "int32" else 15 for name, a in views.items() if name != "out"] + [15]
         self._current_device = cupy.cuda.runtime.getDevice if cupy.cuda.runtime.getDeviceCount() > 1 else None
-        self._switch = cupy.cuda.Device
 
-    def __call__(self, q: Any, pointers: list[int], out: Any) -> Any:
+    def __call__(self, q: Any, addresses: list[int], out: Any) -> Any:
         """out or (out, lse); None, and nothing launched, where an address is null or not aligned.
 
-        `pointers` are the addresses of the call's arrays in their order, that of `out` the last if it is given.
+        `addresses` are those of the call's arrays in their order, that of `out` the last if it is given.
         """
         if self._current_device is not None and self._current_device() != self.device:
-            with self._switch(self.device):
-                return self(q, pointers, out)
+            import cupy
+
+            with cupy.cuda.Device(self.device):
+                return self(q, addresses, out)
         if out is None:
-            out = self._empty(q, self._out.shape, self._dtype)
-            pointers.append(self._read(out)[0])
-        for (array, low_bits), pointer in zip(self._arrays, pointers, strict=True):
-            if pointer & low_bits or not pointer:
-                return None
-            array.pointer = pointer
-        lse = None
-        if self._lse is not None:
-            lse = self._empty(q, self._lse.shape, self._float32)
-            self._lse.pointer = self._read(lse)[0]
-        self.call.launch(self._inputs, self._out, self._lse, self._stream(self.device))
-        return out if lse is None else (out, lse)
+            out = self._new_out(q)
+            addresses.append(self._address(out))
+        set_bits = 0
+        for address in addresses:
+            set_bits |= address
+        if 0 in addresses or (set_bits & 15 and not self._are_aligned(addresses)):
+            return None
+        out_address = addresses.pop()
+        if self._new_lse is None:
+            self._launch(self._stream(self.device), out_address, 0, *addresses)
+            return out
+        lse = self._new_lse(q)
+        self._launch(self._stream(self.device), out_address, self._address(lse), *addresses)
+        return out, lse
 
-
-def _contiguous(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """An array beside `like` whose address is not known yet."""
-    return Array(None, like.framework, 0, shape, arrays.contiguous_strides(shape, np.dtype(dtype).itemsize), dtype, like.device)
+    def _are_aligned(self, addresses: list[int]) -> bool:
+        return not any(address & bits for address, bits in zip(addresses, self._low_bits, strict=True))
 
 
 class Prepared:
@@ -136,8 +146,9 @@ class Prepared:
         self._lock = threading.Lock()  # a plan's argument block is filled in place
         self._layouts = {name: (a.framework, a.device, a.dtype, a.shape, a.strides) for name, a in views.items()}
         found = access(self._kind)
-        self._read: Any = found and found.read
-        self._geometries = [found.read(a.owner)[1] for a in views.values()] if found else []
+        if found:
+            self._read = found.read
+            self._geometries = {count: found.read([a.owner for a in views.values()][:count])[1] for count in (3, 4)}
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
         """As attention(q, k, v, ..., out=out) with the arguments given to prepare().
@@ -146,12 +157,12 @@ class Prepared:
         is not a contiguous (B, Sq, Hq, Dv) beside them, and for an address that is not a multiple of 16 bytes. Nothing was launched then.
         """
         kind, launcher = self._kind, self._launcher
+        given = (q, k, v) if out is None else (q, k, v, out)
         if launcher is not None and type(q) is kind and type(k) is kind and type(v) is kind and (out is None or type(out) is kind):
-            read = self._read
-            found = [read(q), read(k), read(v)] if out is None else [read(q), read(k), read(v), read(out)]
-            if [geometry for _, geometry in found] == self._geometries[: len(found)]:
+            addresses, geometry = self._read(given)
+            if geometry == self._geometries[len(given)]:
                 with self._lock:
-                    result = launcher(q, [pointer for pointer, _ in found], out)
+                    result = launcher(q, addresses, out)
                 if result is not None:
                     return result
         self._refuse_others({"q": q, "k": k, "v": v} | ({} if out is None else {"out": out}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MASKS = ("full", "causal", "window")
@@ -14,8 +13,6 @@ class AppendSpec:
     """One compiled variant of the kernel that appends to a KV cache; dtype: "float16" or "bfloat16"."""
 
     dtype: str
-
-    main_file: ClassVar[str] = "append_kv.cu"
 
     @property
     def name(self) -> str:
@@ -33,7 +30,7 @@ class KernelSpec:
     gqa_ratio:  query heads for each key/value head.
     mask:       "full", "causal" (keys bounded on the right by the diagonal) or "window" (bounded on both sides).
     varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
-    split_rows: where keys are split among CTAs, the rows of a tile (64 or 128), which the query heads of a KV head share; else 0.
+    split_rows: where keys are split among CTAs, the rows of a tile (8, 16, ... 128), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
 
@@ -51,8 +48,6 @@ class KernelSpec:
     page_rows: int = 0
     short: bool = False
 
-    main_file: ClassVar[str] = "attention_forward.cu"
-
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; needed: {' or '.join(DTYPES)}")
@@ -63,8 +58,8 @@ class KernelSpec:
             raise ValueError(f"gqa_ratio is {self.gqa_ratio}; needed: 1 or more query heads for each key/value head")
         if self.mask not in MASKS:
             raise ValueError(f"mask is {self.mask!r}; needed: one of {', '.join(MASKS)}")
-        if self.split_rows not in (0, 64, 128):
-            raise ValueError(f"split_rows is {self.split_rows}; needed: 0, 64 or 128")
+        if self.split_rows not in (0, 8, 16, 32, 64, 128):
+            raise ValueError(f"split_rows is {self.split_rows}; needed: 0, 8, 16, 32, 64 or 128")
         if (self.split_rows or self.page_rows) and not self.varlen:
             raise ValueError(f"varlen is {self.varlen}; needed: True where keys are split or lie in pages")
 

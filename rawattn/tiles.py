@@ -36,6 +36,7 @@ class Tile:
     ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
     reason: str
     ctas_per_sm: int = 1
+    transposed: bool = False  # the rows are columns of the MMAs, whose own 64 rows are keys (attention_decode.cu)
 
     def __post_init__(self) -> None:
         # More than the CTA was launched with would make a warpgroup wait for registers for ever.
@@ -45,7 +46,7 @@ class Tile:
 
     @property
     def consumer_warpgroups(self) -> int:
-        return self.tile_m // 64
+        return 1 if self.transposed else self.tile_m // 64
 
     @property
     def threads(self) -> int:
@@ -54,7 +55,13 @@ class Tile:
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
         q = self.q_stages * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
+        if self.transposed:
+            q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
         carried = 4 * self.tile_m * spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far, in float32
+        if self.transposed:
+            carried = (
+                4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)
+            )  # whole slabs; what four warps tell each other of each row, twice
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + carried
 
 
@@ -89,17 +96,32 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 SHORT_QUERIES = 1024
 SHORT_TILE = Tile(128, 128, 2, 2, (40, 232), False, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
 
+
+def _few_rows(rows: int, tile_n: int, q_stages: int, stages: int, reason: str, ctas_per_sm: int = 1) -> Tile:
+    return Tile(rows, tile_n, q_stages, stages, (0, 0), False, reason, ctas_per_sm, transposed=True)
+
+
 # Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
 # Memory is the limit, so the rows fit the few queries, and as many bytes of K and V as shared memory holds are on the way.
 SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
-    (64, 64, Tile(64, 128, 1, 2, (56, 200), False, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
+    (64, 64, _few_rows(8, 128, 2, 3, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
+    (64, 64, _few_rows(16, 128, 1, 2, "as for 8 rows", 2)),
+    (64, 64, _few_rows(32, 128, 2, 5, "the registers of 32 rows leave room for one CTA")),
+    (64, 64, _few_rows(64, 128, 2, 4, "as for 32 rows")),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
-    (128, 128, Tile(64, 64, 1, 2, (56, 200), False, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
+    (128, 128, _few_rows(8, 64, 2, 3, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
+    (128, 128, _few_rows(16, 64, 2, 2, "as for 8 rows", 2)),
+    (128, 128, _few_rows(32, 64, 2, 5, "the registers of 32 rows leave room for one CTA")),
+    (128, 128, _few_rows(64, 64, 1, 4, "as for 32 rows")),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
-    (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "as for 128")),
-    (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "as for 128")),
-    (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "two stages of 64 KB and the carried output just fit")),
+    *((192, 128, _few_rows(rows, 64, 1, 4, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
+    *((192, 192, _few_rows(rows, 64, 1, 3, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
+    *((256, 256, _few_rows(rows, 64, 1, stages, "as many stages as fit, in one CTA")) for rows, stages in ((8, 3), (16, 3), (32, 2))),
+    (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "P and the carried output of 64 rows leave too little room where rows are columns")),
+    (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "likewise")),
+    (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "likewise: two stages of 64 KB and the carried output just fit")),
 )
+ROWS_OF_SPLIT_TILES = (8, 16, 32, 64, 128)
 
 
 def is_short(spec: KernelSpec, rows_q: int) -> bool:
@@ -114,7 +136,7 @@ def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, ro
         return chunk
     rows = rows_q * gqa_ratio
     if rows <= 64:
-        return 64
+        return next(n for n in ROWS_OF_SPLIT_TILES if rows <= n)
     return chunk if 2 * -(-rows // chunk) * kv_heads <= SPLITS_OF_A_SEQUENCE else 0
 
 

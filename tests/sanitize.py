@@ -25,7 +25,7 @@ from rawattn.tiles import SPLIT_TABLE, TABLE, split_rows, tile_for
 MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": (70, 9)}}
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 HEADS, KV_HEADS = 4, 2
-QUERIES = {64: 3, 128: 40}  # with which split_rows gives a tile of so many rows
+QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
 LENGTHS, CAPACITY = (0, 1, 65, 500), 592  # keys in the cache
 
 

@@ -52,7 +52,7 @@ def test_source_is_self_contained_and_includes_each_header_once() -> None:
 @pytest.mark.parametrize("a_in_registers", [False, True])
 @pytest.mark.parametrize("n", [8, 176, 256])
 def test_wgmma_wrapper_counts_its_operands(n: int, a_in_registers: bool) -> None:
-    text = compiler._wgmma("f", n, "bf16", a_in_registers)
+    text = compiler._wgmma("f", n, "bf16", "1, 1, 0, 0", a_in_registers)
     inputs = 6 if a_in_registers else 3
     assert text.count('"+f"') == n // 2
     last = n // 2 + inputs - 1
@@ -290,13 +290,13 @@ def test_report_reads_the_log() -> None:
 
 def test_compile_error_carries_the_log_with_true_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_nvrtc()
-    line = 1 + len((compiler.CUDA_SRC / SPEC.main_file).read_text().splitlines())
+    line = 1 + len((compiler.CUDA_SRC / compiler.main_file(SPEC)).read_text().splitlines())
     good = compiler.source
     monkeypatch.setattr(compiler, "source", lambda spec: good(spec) + "\nint broken = undefined_name;")
     with pytest.raises(CompileError) as caught:
         compiler.compile_cubin(SPEC)
     assert SPEC.name in str(caught.value)
-    assert f'{SPEC.main_file}({line}): error: identifier "undefined_name" is undefined' in str(caught.value)
+    assert f'{compiler.main_file(SPEC)}({line}): error: identifier "undefined_name" is undefined' in str(caught.value)
 
 
 def skip_without_nvrtc() -> None:

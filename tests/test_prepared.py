@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,25 @@ def test_op_on_gpu_follows_its_arguments(framework: str) -> None:
         assert result is out and type(lse) is type(wanted_lse)
         assert bool((result == wanted).all()) and bool((again == wanted).all()) and bool((lse == wanted_lse).all())
         assert bool((op(*given)[0] == wanted).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("framework", ["cupy", "torch"])
+def test_a_call_may_be_the_first_use_of_the_gpu_in_its_thread(framework: str) -> None:
+    """A launch goes to the driver, which, unlike the runtime, gives a thread no context by itself."""
+    import cupy
+
+    op = rawattn.prepare(*gpu_inputs(framework, 0), causal=True)
+    given = gpu_inputs(framework, 1)
+    wanted = rawattn.attention(*given, causal=True)
+    outs = [wanted * 0 for _ in range(3)]
+    cupy.cuda.runtime.deviceSynchronize()
+    calls: list[Any] = [op, op, partial(rawattn.attention, causal=True)]
+    for call, out in zip(calls, outs, strict=True):
+        with ThreadPoolExecutor(1) as thread:  # a new one each time
+            assert thread.submit(call, *given, out=out).result() is out
+    cupy.cuda.runtime.deviceSynchronize()
+    assert all(bool((out == wanted).all()) for out in outs)
 
 
 @pytest.mark.gpu

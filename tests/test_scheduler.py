@@ -42,6 +42,7 @@ HOST = """
 using std::max, std::min;
 #define __device__
 #define __forceinline__ inline
+static float reciprocal_approx(float x) { return 1 / x; }
 """
 PROLOGUE = f"""
 {HOST}
@@ -262,7 +263,7 @@ def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
 def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_multiprocessor() -> None:
     dims = range(8, 257, 8)
     reached = set()
-    for dtype, head_dim, head_dim_v, ratio, rows_q in itertools.product(DTYPES, dims, dims, (1, 7, 64, 67), (None, 0, 1, 9, 100)):
+    for dtype, head_dim, head_dim_v, ratio, rows_q in itertools.product(DTYPES, dims, dims, (1, 7, 12, 32, 64, 67), (None, 0, 1, 9, 100)):
         rows = split_rows(head_dim, head_dim_v, ratio, 2, rows_q)
         if rows == 0:
             continue
@@ -271,7 +272,7 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
         reached.add(id(tile))
         assert id(tile) in {id(row) for *_, row in SPLIT_TABLE}, spec
         assert tile.tile_m == rows and ratio % spec.pack == 0 and spec.pack <= rows, spec
-        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec
+        assert tile.tile_n % (64 if tile.transposed else 16) == 0 and tile.tile_n <= 256, spec
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
         producer, consumer = tile.registers
         assert tile.registers == (0, 0) or all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec
@@ -286,7 +287,7 @@ def test_keys_are_split_where_a_sequence_alone_would_leave_half_of_the_gpu_idle(
 ) -> None:
     rows = split_rows(head_dim, head_dim, ratio, kv_heads, rows_q)
     if rows_q * ratio <= 64:
-        assert rows == 64  # whatever the batch, so that one token's bits are its own
+        assert rows_q * ratio <= rows <= max(8, 2 * rows_q * ratio)  # whatever the batch, so that one token's bits are its own
     else:
         chunk = split_rows(head_dim, head_dim, ratio, kv_heads, None)
         tiles = -(-rows_q * ratio // chunk) * kv_heads
@@ -386,8 +387,13 @@ static int room, found;
 // As produce() walks it.
 static void walk(int lane) {
     threadIdx.x = lane;
+    static int parts[CTA_WARPS];
     TileList list;
-    int place = list.begin(*arguments);
+    for (int warp = CTA_WARPS; warp-- > 0;) {
+        list = {};
+        parts[warp] = list.count_part(*arguments, warp);
+    }
+    int place = list.begin(*arguments, parts);
     for (int slot = 0;; slot = (slot + 1) % TILE_SLOTS) {
         place = list.find(*arguments, place, slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], slots[slot]);
         __syncwarp();
@@ -421,11 +427,11 @@ extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seql
 }
 """
 SPLIT_SPECS = [
-    KernelSpec("bfloat16", 128, 128, 4, "full", True, 64),
+    KernelSpec("bfloat16", 128, 128, 4, "full", True, 8),
     KernelSpec("bfloat16", 128, 128, 7, "causal", True, 128),
     KernelSpec("bfloat16", 64, 64, 1, "window", True, 64),
 ]
-# struct WorkTile of attention_forward.cu
+# struct WorkTile of pipeline.cuh
 WORK_TILE = (
     "first_row", "head", "batch", "q_start", "q_length", "q_row", "q_offset", "q_batch", "k_length", "k_row", "k_offset", "k_batch",
     "first_block", "end_block", "split", "splits", "run_begin", "run_end", "first_splits", "slot",
@@ -435,8 +441,8 @@ Split = dict[str, int]
 
 @pytest.fixture(scope="module")
 def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, ctypes.CDLL]:
-    """attention_forward.cu up to the end of struct TileList, for each of SPLIT_SPECS."""
-    kernel = (CUDA_SRC / "attention_forward.cu").read_text(encoding="utf-8")
+    """pipeline.cuh up to the end of struct TileList, for each of SPLIT_SPECS."""
+    kernel = (CUDA_SRC / "pipeline.cuh").read_text(encoding="utf-8")
     kernel, _ = kernel.split("__device__ __forceinline__ Mask tile_mask", 1)
     kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
     folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}

@@ -45,7 +45,7 @@ METHODS = {
     f"{ROUNDS} rounds of each implementation in turn; FLOPs are those that the mask lets through; ratio = peer time / rawattn time",
     "decode": "one call captured in a CUDA graph, L2 emptied before each replay; median with quartiles; GB/s of keys and values; the times "
     "include the launch of a graph (null_graph_us); ratio = peer time / rawattn time",
-    "overhead": "host microseconds to issue one call, bursts of 200 on an idle GPU; one causal sequence of 64 rows, 4 heads of 128, bf16",
+    "overhead": "host microseconds to issue one call, bursts of 100 on an idle GPU; one causal sequence of 64 rows, 4 heads of 128, bf16",
     "coldstart": "each sample a process of its own, with CUDA_CACHE_DISABLE=1: neither the driver nor NVRTC keeps what they compiled; "
     "the first call is timed after the CUDA context and the arrays are there, until the GPU is done",
 }

@@ -16,7 +16,7 @@ import numpy as np
 
 from rawattn import compiler
 from rawattn.spec import KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, blocks_of_a_split, grid, tile_for
+from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, grid, slabs, tile_for
 
 from .shapes import DTYPE_OF, WINDOW, Shape, checked, geometry, geometry_options
 
@@ -65,7 +65,8 @@ def work(shape: Shape) -> Work:
     if spec.split_rows:
         split_blocks = blocks_of_a_split(tile, len(rows) * heads, of_all)
         splits = max(1, -(-of_all // split_blocks))
-    return Work(len(rows) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + shape.head_dim_v))
+    width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
+    return Work(len(rows) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
 
 
 @click.command()

@@ -6,6 +6,7 @@ Only CuPy and three small kernels. Everything runs on the default stream, where 
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import statistics
 import sys
@@ -207,19 +208,30 @@ def host_floor(like: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return (lambda: cupy.empty(like.shape, like.dtype)), kernels().nothing
 
 
-def host(call: Callable[[], Any], count: int = 200, bursts: int = 7) -> list[float]:
-    """Host microseconds to issue one call, a figure for each burst; the GPU is idle before each, so its queue never fills."""
+def host(call: Callable[[], Any], count: int = 100, bursts: int = 15, warm_up: float = 0.2) -> list[float]:
+    """Host microseconds to issue one call, a figure for each burst; the GPU is idle before each, so its queue never fills.
+
+    Bursts of the first `warm_up` seconds, in which the host's clock rises, do not count.
+    """
     import cupy
 
-    for _ in range(20):
-        call()
-    samples = []
-    for _ in range(bursts):
+    def one_burst() -> float:
         cupy.cuda.runtime.deviceSynchronize()
         start = time.perf_counter()
         for _ in range(count):
             call()
-        samples.append(1e6 * (time.perf_counter() - start) / count)
+        return 1e6 * (time.perf_counter() - start) / count
+
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + warm_up
+        while time.perf_counter() < end:
+            one_burst()
+        samples = [one_burst() for _ in range(bursts)]
+    finally:
+        if collects:
+            gc.enable()
     cupy.cuda.runtime.deviceSynchronize()
     return samples
 

@@ -18,7 +18,7 @@ import click
 
 from rawattn import compiler
 from rawattn.spec import MASKS, AppendSpec, KernelSpec
-from rawattn.tiles import is_short, split_rows, tile_for
+from rawattn.tiles import ROWS_OF_SPLIT_TILES, is_short, split_rows, tile_for
 
 from .models import GEOMETRIES
 from .shapes import DTYPE_OF
@@ -102,17 +102,23 @@ def _for_attention(spec: KernelSpec) -> Iterator[KernelSpec]:
     yield spec
     if is_short(spec, 1):
         yield replace(spec, short=True)
-    for rows in (64, split_rows(spec.head_dim, spec.head_dim_v, spec.gqa_ratio, 1, None)):  # few queries, many keys
+    for rows in _rows_of_split_tiles(spec.head_dim, spec.head_dim_v, spec.gqa_ratio):  # few queries, many keys
         yield replace(spec, varlen=True, split_rows=rows)
+
+
+def _rows_of_split_tiles(d: int, dv: int, ratio: int) -> list[int]:
+    """KernelSpec.split_rows for all numbers of queries, from one up."""
+    one, chunk = split_rows(d, dv, ratio, 1, 1), split_rows(d, dv, ratio, 1, None)
+    return [rows for rows in ROWS_OF_SPLIT_TILES if one <= rows <= chunk]
 
 
 def _for_cache(d: int, dv: int, ratio: int, dtype: str, masks: tuple[str, ...], page_size: int | None) -> Iterator[Spec]:
     """What attention_with_kvcache needs beyond attention_varlen's kernels."""
     yield AppendSpec(dtype)
-    chunk = split_rows(d, dv, ratio, 1, None)
-    variants = [(mask, rows) for mask in masks for rows in (64, chunk)]
+    each = _rows_of_split_tiles(d, dv, ratio)
+    variants = [(mask, rows) for mask in masks for rows in each]
     if "causal" in masks:
-        variants.append(("full", 64))  # one query sees all keys
+        variants.append(("full", each[0]))  # one query sees all keys
     for mask, rows in variants:
         yield KernelSpec(dtype, d, dv, ratio, mask, True, rows)
     if page_size is not None:

@@ -176,8 +176,8 @@ struct Constant {
 
 // One warpgroup's part of every tile that the CTA takes, with FlashAttention-3's two overlaps: inside the warpgroup, P V of one block runs under the
 // mask and the maximum of the next; between warpgroups, one issues its MMAs while the others are at their softmax.
-__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, uint32_t barriers, const WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
-                                        uint32_t v_smem, float* carried, int* is_last) {
+__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, const Buffers& buffers) {
+    float* carried = reinterpret_cast<float*>(buffers.more);  // SPLIT: [Dv / 2, consumer threads]
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const int thread_row = tile_row(0), thread_column = 2 * (threadIdx.x % 4);
     // Ping-pong: a warpgroup issues its MMAs when its own barrier, 1 + warpgroup, lets it, and then passes the turn on.
@@ -189,35 +189,35 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
     Ring<STAGES> k_ring, v_ring;
     RowStates<ROWS_OF_THREAD> carried_states;
     const auto start_scores = [&](float (&scores)[TILE_N / 2]) {
-        mbarrier_wait(barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
+        mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
         if (PING_PONG) named_barrier_sync(my_turn, 256);
-        issue_scores(scores, q_smem + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES, k_smem + k_ring.stage() * K_BYTES);
+        issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES, buffers.k + k_ring.stage() * K_BYTES);
     };
     const auto start_output = [&](float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4]) {
-        mbarrier_wait(barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
-        issue_output(output, probs, v_smem + v_ring.stage() * V_BYTES);
+        mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+        issue_output(output, probs, buffers.v + v_ring.stage() * V_BYTES);
     };
     const auto pass_turn = [&] {
         if (PING_PONG) named_barrier_arrive(next_turn, 256);
     };
     const auto release_q = [&] {
-        if (signals) mbarrier_arrive(barriers + Q_EMPTY + 8 * q_ring.stage());
+        if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
         ++q_ring.count;
     };
     const auto release_k = [&] {
-        if (signals) mbarrier_arrive(barriers + K_EMPTY + 8 * k_ring.stage());
+        if (signals) mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
         ++k_ring.count;
     };
     const auto release_v = [&] {
-        if (signals) mbarrier_arrive(barriers + V_EMPTY + 8 * v_ring.stage());
+        if (signals) mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
         ++v_ring.count;
     };
 
     while (true) {
         const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
         ++slot_ring.count;
-        const WorkTile& tile = tile_slots[slot];  // read again where it is needed, rarely, since registers are scarce
+        const WorkTile& tile = buffers.tile_slots[slot];  // read again where it is needed, rarely, since registers are scarce
         if (tile.first_row < 0) break;
         const int own_first = tile.first_row + 64 * warpgroup;
         const KeyBlocks blocks = tile_blocks(args, tile, own_first);
@@ -231,7 +231,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         Softmax softmax;
         softmax.reset();
         const bool is_last_of_q = !SPLIT || tile.split == tile.run_end - 1;
-        if (!SPLIT || tile.split == tile.run_begin) mbarrier_wait(barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+        if (!SPLIT || tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
             if (is_last_of_q) release_q();
         } else {
@@ -304,7 +304,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
         softmax.reduce();
         bool is_done = true;
         if constexpr (SPLIT) {
-            if (tile.splits > 1) is_done = join_splits(args, tile, warpgroup, output, softmax, carried, carried_states, is_last);
+            if (tile.splits > 1) is_done = join_splits(args, tile, warpgroup, output, softmax, carried, carried_states, buffers.is_last);
         }
         if (is_done) {
             float inverse[2], lse[2];
@@ -313,58 +313,19 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, ui
             scale_rows(output, inverse);
             const Destination to[2] = {destination(args, tile, thread_row), destination(args, tile, thread_row + 8)};
             __syncwarp();
-            if (signals) mbarrier_arrive(barriers + TILE_EMPTY + 8 * slot);
+            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
             store_output(output, to);
             store_lse(lse, to);
         } else {
             __syncwarp();
-            if (signals) mbarrier_arrive(barriers + TILE_EMPTY + 8 * slot);
+            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
         }
     }
     if (PING_PONG && warpgroup == 0) named_barrier_sync(my_turn, 256);  // takes up the last turn, which nobody else would
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_forward(const __grid_constant__ Arguments args) {
-    extern __shared__ __align__(1024) char shared[];  // the swizzle pattern repeats every 1024 bytes of address
-    const uint32_t barriers = shared_address(shared), q_smem = barriers + CONTROL_BYTES, k_smem = q_smem + Q_STAGES * Q_BYTES, v_smem = k_smem + STAGES * K_BYTES;
-    constexpr int CARRIED = CONTROL_BYTES + Q_STAGES * Q_BYTES + STAGES * (K_BYTES + V_BYTES);
-    float* carried = reinterpret_cast<float*>(shared + CARRIED);  // SPLIT: [Dv / 2, consumer threads]
-    WorkTile* tile_slots = reinterpret_cast<WorkTile*>(shared + BARRIER_BYTES);
-    int* is_last = reinterpret_cast<int*>(tile_slots + TILE_SLOTS);  // [CONSUMER_WARPGROUPS]
-    static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) + 4 * CONSUMER_WARPGROUPS <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
-    if (q_smem % 1024 != 0) __trap();
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
-    TileList list;
-    int place = 0;
-    if (warp == 0) {
-        place = list.begin(args);  // reads lengths, while another warp makes the barriers
-    } else if (threadIdx.x == 32) {
-        prefetch_tensor_map(&args.q);
-        prefetch_tensor_map(&args.k);
-        prefetch_tensor_map(&args.v);
-        for (int stage = 0; stage < Q_STAGES; ++stage) {
-            mbarrier_init(barriers + Q_FULL + 8 * stage, 1);
-            mbarrier_init(barriers + Q_EMPTY + 8 * stage, CONSUMER_WARPS);
-        }
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(barriers + K_FULL + 8 * stage, 1);
-            mbarrier_init(barriers + V_FULL + 8 * stage, 1);
-            mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
-            mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
-        }
-        for (int slot = 0; slot < TILE_SLOTS; ++slot) {
-            mbarrier_init(barriers + TILE_FULL + 8 * slot, 32);
-            mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
-        }
-        mbarrier_init_fence();
-    }
-    if (SPLIT && (warp == 2 || warp == 3)) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
-    __syncthreads();
-    if (warp < 4) {
-        if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
-        if (warp == 0) produce(args, list, place, barriers, tile_slots, q_smem, k_smem, v_smem);
-    } else {
-        if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
-        consume(args, warp / 4 - 1, barriers, tile_slots, q_smem, k_smem, v_smem, carried, is_last);
-    }
+    extern __shared__ __align__(1024) char shared[];
+    const Buffers buffers(shared);
+    run(args, buffers, [&](int warpgroup) { consume(args, warpgroup, buffers); });
 }

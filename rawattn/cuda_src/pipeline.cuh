@@ -41,6 +41,7 @@ constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
 constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
+constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
@@ -104,24 +105,45 @@ __device__ __forceinline__ Mask sequence_mask(const Arguments& args, int q_lengt
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
 // of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other.
 struct TileList {
-    int first_batch = 0, before = 0;  // lengths on the device: the 32 sequences that the warp looks at, one a lane, and the places of all earlier ones
-    Sequence seq;                     // the lane's
+    int first_batch = -1, next_batch = 0;  // lengths on the device: the 32 sequences that the warp has looked at, one a lane, and those that it wants
+    int before = 0;                        // the places of all earlier ones
+    Sequence seq;                          // the lane's
     Places own;
-    int start, through;    // its first place, and the places of all lanes up to it
+    int through;                           // the places of all lanes up to it
     int share_start, share_end, share;  // SPLIT
     int remaining = 0;                  // splits of the last tile found that the share still has
 
-    // Returns where the CTA's part of the list starts.
-    __device__ __forceinline__ int begin(const Arguments& args) {
+    // SPLIT: every warp of the CTA reads a part of the lengths, warp after warp. Returns the places of that part.
+    __device__ __forceinline__ int count_part(const Arguments& args, int warp) {
+        const int begin = warp * part_length(args), end = min(args.batch, begin + part_length(args));
+        int total = 0;
+        for (int batch = begin; batch < end; batch += 32) total += look(args, batch);
+        return total;
+    }
+
+    // Returns where the CTA's part of the list starts. SPLIT: given the places of each warp's part; warp 0, which has looked at the first one, calls it.
+    __device__ __forceinline__ int begin(const Arguments& args, const int* parts) {
         if constexpr (!SPLIT) return blockIdx.x;
-        look(args);
-        int total = own.count();
-        for (int batch = 32 + threadIdx.x % 32; batch < args.batch; batch += 32) total += places(args, sequence(args, batch)).count();
-        total = __reduce_add_sync(~0u, total);
-        share = (total + gridDim.x - 1) / gridDim.x;
+        const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
+        share = divide_up(total, gridDim.x);
         share_start = min(total, int(blockIdx.x) * share);
         share_end = min(total, share_start + share);
+        const uint32_t beyond = __ballot_sync(~0u, up_to > share_start);
+        const int first_part = beyond != 0 ? __ffs(beyond) - 1 : 0;
+        before = __shfl_sync(~0u, up_to - part, first_part);
+        next_batch = first_part * part_length(args);
         return share_start;
+    }
+
+    static __device__ __forceinline__ int part_length(const Arguments& args) { return (args.batch + 32 * CTA_WARPS - 1) / (32 * CTA_WARPS) * 32; }
+
+    static __device__ __forceinline__ int inclusive_scan(int value) {
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int below = __shfl_up_sync(~0u, value, distance);
+            if (threadIdx.x % 32 >= distance) value += below;
+        }
+        return value;
     }
 
     // Writes the tile or split at or after `place` and returns the place after it. Once there is none, `before` is the length of the list.
@@ -135,6 +157,10 @@ struct TileList {
             const int batch = at.head / args.heads, first_row = place < before ? at.m_block * TILE_M : -1;
             if (lane == 0) tile = {first_row, at.head - batch * args.heads, batch, 0, args.seqlen_q, first_row, 0, batch, args.seqlen_k, 0, 0, batch};
         } else {
+            if (SPLIT && place >= share_end) {
+                if (lane == 0) tile.first_row = -1;
+                return place;
+            }
             if (SPLIT && remaining > 0) {  // the same tile goes on, as most do
                 --remaining;
                 constexpr int WORDS = sizeof(WorkTile) / 4;
@@ -148,15 +174,15 @@ struct TileList {
                 }
                 return place + blocks + 1;
             }
-            if constexpr (!SPLIT) look(args);  // again, since it would take registers to keep
-            while (true) {
-                const int item = own.at_or_after(place - start);  // a place may lie inside a split that another CTA has
+            for (; next_batch < args.batch; next_batch += 32) {
+                if (!SPLIT || next_batch != first_batch) look(args, next_batch);  // without SPLIT each time, since it would take registers to keep
+                const int start = before + through - own.count(), item = own.at_or_after(place - start);  // a place may lie inside a split that another CTA has
                 const uint32_t here = __ballot_sync(~0u, item < own.items());
                 if (here != 0) {
                     const int owner = __ffs(here) - 1, item_start = start + item * own.cost;
                     if (lane == owner) {
                         if (!SPLIT || item_start < share_end)
-                            write(args, item, tile);
+                            write(args, item, start, tile);
                         else
                             tile.first_row = -1;
                     }
@@ -164,26 +190,20 @@ struct TileList {
                     return __shfl_sync(~0u, item_start + own.cost, owner);
                 }
                 before += __shfl_sync(~0u, through, 31);
-                if (first_batch + 32 >= args.batch) break;
-                first_batch += 32;
-                look(args);
             }
             if (lane == 0) tile.first_row = -1;
         }
         return place;
     }
 
-    __device__ __forceinline__ void look(const Arguments& args) {
-        const int lane = threadIdx.x % 32, batch = first_batch + lane;
+    // Returns the places of the 32 sequences from `first` on.
+    __device__ __forceinline__ int look(const Arguments& args, int first) {
+        const int batch = first + threadIdx.x % 32;
+        first_batch = first;
         seq = batch < args.batch ? sequence(args, batch) : Sequence{};
         own = places(args, seq);
-        through = own.count();  // inclusive scan over the lanes
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int below = __shfl_up_sync(~0u, through, distance);
-            if (lane >= distance) through += below;
-        }
-        start = before + through - own.count();
+        through = inclusive_scan(own.count());
+        return __shfl_sync(~0u, through, 31);
     }
 
     static __device__ __forceinline__ Places places(const Arguments& args, const Sequence& seq) {
@@ -198,9 +218,9 @@ struct TileList {
         return places;
     }
 
-    __device__ __forceinline__ void write(const Arguments& args, int item, WorkTile& tile) {
-        const int batch = first_batch + threadIdx.x % 32, number = item / own.splits;
-        const TilePlace at = {own.m_blocks - 1 - number / args.heads, number % args.heads};
+    __device__ __forceinline__ void write(const Arguments& args, int item, int start, WorkTile& tile) {
+        const int batch = first_batch + threadIdx.x % 32, number = divide(item, own.splits), m_block = divide(number, args.heads);
+        const TilePlace at = {own.m_blocks - 1 - m_block, number - m_block * args.heads};
         tile.first_row = at.m_block * TILE_ROWS;
         tile.head = at.head;
         tile.batch = batch;
@@ -231,7 +251,7 @@ struct TileList {
             tile.slot = blockIdx.x;
             tile.first_splits = tile.run_end;
             if (tile.run_begin > 0) {
-                tile.slot = tile_start / share;
+                tile.slot = divide(tile_start, share);
                 tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
             }
         }
@@ -323,11 +343,28 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     }
 }
 
+// Shared memory of a CTA, in this order; addresses in the shared window, and pointers for what threads read and write themselves.
+struct Buffers {
+    uint32_t barriers;
+    WorkTile* tile_slots;  // [TILE_SLOTS]
+    int* is_last;          // [CONSUMER_WARPGROUPS], what join_splits tells a warpgroup's threads
+    int* parts;            // [CTA_WARPS], what the warps tell each other of the list of tiles
+    uint32_t q, k, v;      // [stages, slabs, rows, 64 columns]
+    char* more;            // whatever else the consumers need
+
+    __device__ __forceinline__ explicit Buffers(char* shared)
+        : barriers(shared_address(shared)), tile_slots(reinterpret_cast<WorkTile*>(shared + BARRIER_BYTES)),
+          is_last(reinterpret_cast<int*>(tile_slots + TILE_SLOTS)), parts(is_last + CONSUMER_WARPGROUPS), q(barriers + CONTROL_BYTES), k(q + Q_STAGES * Q_BYTES), v(k + STAGES * K_BYTES),
+          more(shared + CONTROL_BYTES + Q_STAGES * Q_BYTES + STAGES * (K_BYTES + V_BYTES)) {
+        static_assert(BARRIER_BYTES + TILE_SLOTS * sizeof(WorkTile) + 4 * (CONSUMER_WARPGROUPS + CTA_WARPS) <= CONTROL_BYTES, "tiles.py reserves too little shared memory");
+        if (q % 1024 != 0) __trap();  // the swizzle pattern repeats every 1024 bytes of address
+    }
+};
+
 // Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
 // K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
 // Splits are not dealt: a CTA has those of its share.
-__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, uint32_t barriers, WorkTile* tile_slots, uint32_t q_smem, uint32_t k_smem,
-                                        uint32_t v_smem) {
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
@@ -337,57 +374,99 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
     };
     while (true) {
         const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
-        const int next = list.find(args, place, tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], tile_slots[slot]);
+        mbarrier_wait(buffers.barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
+        const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
-        const WorkTile& tile = tile_slots[slot];
+        const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) break;
-        const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
-        const bool sees_none = blocks.end <= blocks.begin;
-        if (sees_none && (!SPLIT || tile.splits == 1)) {
+        KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
+        blocks.end = max(blocks.end, blocks.begin);
+        if (blocks.end == blocks.begin && (!SPLIT || tile.splits == 1)) {
             store_empty(args, tile);
             ask();
             __syncwarp();  // and into the same slot
         } else {
             ++slot_ring.count;
-            mbarrier_arrive(barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
+            mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
             if (PAGE_ROWS > 0 || threadIdx.x == 0) {
                 const auto load_k = [&](int block) {
                     const uint32_t stage = k_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
-                    load_block(args, &args.k, SLABS_QK, k_smem + stage * K_BYTES, barriers + K_FULL + 8 * stage, tile, block);
+                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
+                    load_block(args, &args.k, SLABS_QK, buffers.k + stage * K_BYTES, buffers.barriers + K_FULL + 8 * stage, tile, block);
                     ++k_ring.count;
                 };
                 const auto load_v = [&](int block) {
                     const uint32_t stage = v_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
-                    load_block(args, &args.v, SLABS_V, v_smem + stage * V_BYTES, barriers + V_FULL + 8 * stage, tile, block);
+                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
+                    load_block(args, &args.v, SLABS_V, buffers.v + stage * V_BYTES, buffers.barriers + V_FULL + 8 * stage, tile, block);
                     ++v_ring.count;
                 };
                 const auto load_q = [&] {
                     if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
-                    const uint32_t stage = q_ring.stage(), barrier = barriers + Q_FULL + 8 * stage;
+                    const uint32_t stage = q_ring.stage(), barrier = buffers.barriers + Q_FULL + 8 * stage;
                     if (threadIdx.x == 0) {
-                        mbarrier_wait(barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
+                        mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
                         mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                        load_slabs(&args.q, SLABS_QK, Q_SLAB, q_smem + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                        load_slabs(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
                     }
                     ++q_ring.count;
                 };
-                if (!sees_none) load_k(blocks.end - 1);
-                load_q();
 #pragma unroll 1
-                for (int block = blocks.end - 2; block >= blocks.begin; --block) {
-                    load_k(block);
-                    load_v(block + 1);
+                for (int block = blocks.end - 1; block >= blocks.begin - 1; --block) {
+                    if (block >= blocks.begin) load_k(block);
+                    if (block == blocks.end - 1) load_q();
+                    if (block < blocks.begin) ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
+                    if (block < blocks.end - 1) load_v(block + 1);
                 }
-                ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
-                if (!sees_none) load_v(blocks.begin);
             }
         }
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
     }
-    mbarrier_arrive(barriers + TILE_FULL + 8 * slot_ring.stage());
+    mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot_ring.stage());
     // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
     if (!SPLIT && threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+}
+
+__device__ __forceinline__ void make_barriers(uint32_t barriers) {
+    for (int stage = 0; stage < Q_STAGES; ++stage) {
+        mbarrier_init(barriers + Q_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + Q_EMPTY + 8 * stage, CONSUMER_WARPS);
+    }
+    for (int stage = 0; stage < STAGES; ++stage) {
+        mbarrier_init(barriers + K_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + V_FULL + 8 * stage, 1);
+        mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
+        mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
+    }
+    for (int slot = 0; slot < TILE_SLOTS; ++slot) {
+        mbarrier_init(barriers + TILE_FULL + 8 * slot, 32);
+        mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
+    }
+    mbarrier_init_fence();
+}
+
+// A CTA's life: warp 0 produces, the warpgroups from the second on consume.
+template <class Consume>
+__device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
+    TileList list;
+    if (threadIdx.x == 32) {
+        prefetch_tensor_map(&args.q);
+        prefetch_tensor_map(&args.k);
+        prefetch_tensor_map(&args.v);
+        make_barriers(buffers.barriers);
+    }
+    if constexpr (SPLIT) {
+        const int part = list.count_part(args, warp);
+        if (threadIdx.x % 32 == 0) buffers.parts[warp] = part;
+        if (warp == 2 || warp == 3) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
+    }
+    __syncthreads();
+    if (warp < 4) {
+        if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
+        if (warp == 0) produce(args, list, list.begin(args, buffers.parts), buffers);
+    } else {
+        if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
+        consume(warp / 4 - 1);
+    }
 }

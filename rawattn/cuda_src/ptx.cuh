@@ -103,6 +103,20 @@ struct MatrixDescriptor {
     }
 };
 
+// Stores two 8 x 8 matrices of 16-bit elements transposed (stmatrix, 9.7.14.5.16): lane 8 * m + r gives where row r of the stored matrix m begins, 16 bytes.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&words)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared::cta.b16 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]) : "memory");
+}
+
+// Makes the thread's writes to shared memory visible to WGMMA (fence.proxy, 9.7.13.4).
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- memory order ----
+
+// Orders what this thread, and those that it has met at a barrier, did in global memory before with what others do after they have seen it
+// (fence, 9.7.13.4); cheaper than __threadfence(), which is sequentially consistent.
+__device__ __forceinline__ void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // ---- registers, barriers between warpgroups ----
 
 // setmaxnreg (9.7.20.5)
@@ -130,6 +144,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// rcp (9.7.3.13): within 1 ulp
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two floats rounded to nearest even and packed, the first in the low half (cvt, 9.7.9.21).
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
     uint32_t packed;
@@ -152,6 +173,8 @@ __device__ __forceinline__ void unpack2(uint32_t packed, float& low, float& high
 __device__ __forceinline__ void store_global_16(void* pointer, const uint32_t (&words)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }
+
+__device__ __forceinline__ void store_global_4(void* pointer, uint32_t word) { asm volatile("st.global.b32 [%0], %1;" ::"l"(pointer), "r"(word) : "memory"); }
 
 __device__ __forceinline__ void store_global_8(void* pointer, uint32_t first, uint32_t second) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(pointer), "r"(first), "r"(second) : "memory");

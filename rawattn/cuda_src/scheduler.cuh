@@ -1,6 +1,15 @@
 // The order in which output tiles are dealt to the CTAs of a persistent grid.
 #pragma once
 
+// n / divisor for n >= 0 and divisor > 0, if it is under 2^21: half the instructions of the compiler's own division, which the start of a kernel
+// waits for. The estimate is at most one off.
+__device__ __forceinline__ int divide(int n, int divisor) {
+    const int estimate = int(float(n) * reciprocal_approx(float(divisor))), rest = n - estimate * divisor;
+    return estimate + (rest >= divisor) - (rest < 0);
+}
+
+__device__ __forceinline__ int divide_up(int n, int divisor) { return divide(n + divisor - 1, divisor); }
+
 struct TilePlace {
     int m_block;
     int head;  // of one sequence, or batch * heads + head over all sequences of one length
@@ -24,15 +33,15 @@ struct Places {
 
     __device__ __forceinline__ int items() const { return m_blocks * heads * splits; }
     __device__ __forceinline__ int count() const { return items() * cost; }
-    __device__ __forceinline__ int at_or_after(int place) const { return (max(0, place) + cost - 1) / cost; }
+    __device__ __forceinline__ int at_or_after(int place) const { return divide_up(max(0, place), cost); }
 
     // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence needs to fill a GPU: by what this sequence is, not by what
     // else is in the batch, so that its bits are its own.
     __device__ __forceinline__ void split(int begin, int end, int fewest) {
-        const int wanted = min(max(SPLITS_OF_A_SEQUENCE / (m_blocks * heads), max(fewest, 1)), MAX_SPLITS), total = max(0, end - begin);
+        const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, m_blocks * heads), max(fewest, 1)), MAX_SPLITS), total = max(0, end - begin);
         first_block = begin;
-        blocks = max(1, (total + wanted - 1) / wanted);
-        splits = max(1, (total + blocks - 1) / blocks);
+        blocks = max(1, divide_up(total, wanted));
+        splits = max(1, divide_up(total, blocks));
         cost = blocks + 1;  // the start and the end of a split take about as long as a block
     }
 };

@@ -1,0 +1,315 @@
+// Attention of few queries, up to 64 rows of a KV head, to many keys, for sm_90a. The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys, and
+// columns of V, are the 64 rows that WGMMA has, and the few query rows are its TILE_M columns, so that nothing is computed for rows that do not
+// exist, and each thread has its share of the exponentials. P^T goes through shared memory. Memory is the limit, so there is no overlap but that of
+// the producer warp's loads (pipeline.cuh), and of S^T of one block with O^T of the block before.
+// The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
+#include "pipeline.cuh"
+
+// The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is key, or column of V, 16 * warp + lane / 4 + 8 * (i / 2 % 2) and
+// query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
+constexpr int KEY_TILES = TILE_N / 64, REGISTERS = TILE_M / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
+constexpr int ROWS_OF_THREAD = TILE_M / 4;
+constexpr int SPLITS_IN_FLIGHT = 8;
+constexpr int PROBS_SLAB = TILE_M * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;
+constexpr int CONSUMERS = 1;  // the named barrier of the consumer threads
+
+__device__ __forceinline__ int fragment_row(int i) { return i / 4 * 2 + i % 2; }
+__device__ __forceinline__ int fragment_position(int i) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * (i / 2 % 2); }
+__device__ __forceinline__ int output_row(int i) { return fragment_row(i % REGISTERS); }
+__device__ __forceinline__ int output_column(int i) { return 64 * (i / REGISTERS) + fragment_position(i % REGISTERS); }
+__device__ __forceinline__ int tile_row(int r) { return r / 2 * 8 + 2 * (threadIdx.x % 4) + r % 2; }
+
+using Scores = float[KEY_TILES][REGISTERS];
+using Output = float[OUTPUT_REGISTERS];
+
+struct Sum {
+    __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
+};
+
+struct Max {
+    __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+
+// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, TILE_M] floats that nobody reads any more.
+template <class Operation>
+__device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float2* exchange, Operation operation) {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) values[r] = operation(values[r], __shfl_xor_sync(~0u, values[r], distance));
+    }
+    if (lane < 4) {
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; r += 2) exchange[warp * (TILE_M / 2) + tile_row(r) / 2] = make_float2(values[r], values[r + 1]);
+    }
+    named_barrier_sync(CONSUMERS, 128);
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
+        float2 of_warp[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) of_warp[w] = exchange[w * (TILE_M / 2) + tile_row(r) / 2];
+        values[r] = operation(operation(of_warp[0].x, of_warp[1].x), operation(of_warp[2].x, of_warp[3].x));
+        values[r + 1] = operation(operation(of_warp[0].y, of_warp[1].y), operation(of_warp[2].y, of_warp[3].y));
+    }
+}
+
+// scores = K Q^T for one block of keys
+__device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, uint32_t k_smem) {
+    const MatrixDescriptor<Q_SLAB> q(q_smem);
+    const MatrixDescriptor<KV_SLAB> k(k_smem);
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
+    wgmma_fence();
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+        for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
+            const int slab = step / 4, within = step % 4 * 32;
+            wgmma_scores(scores[t], k.at(slab * KV_SLAB + 64 * t * SLAB_BYTES + within), q.at(slab * Q_SLAB + within), step > 0);
+        }
+    }
+    wgmma_commit();
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
+}
+
+// output += V^T P^T for one block of keys
+__device__ __forceinline__ void issue_output(Output& output, uint32_t probs_smem, uint32_t v_smem) {
+    const MatrixDescriptor<KV_SLAB> v(v_smem);
+    const MatrixDescriptor<PROBS_SLAB> probs(probs_smem);
+    pin(output);
+    wgmma_fence();
+#pragma unroll
+    for (int slab = 0; slab < SLABS_V; ++slab) {
+#pragma unroll
+        for (int step = 0; step < TILE_N / 16; ++step)
+            wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v.at(slab * KV_SLAB + step * 16 * SLAB_BYTES),
+                         probs.at(step / 4 * PROBS_SLAB + step % 4 * 32), 1);
+    }
+    wgmma_commit();
+    pin(output);
+}
+
+// Rounds P to 16 bits into shared memory, [TILE_M, TILE_N] in slabs as Q lies.
+__device__ __forceinline__ void store_probs(const Scores& scores, uint32_t probs_smem) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, row = lane % 8;
+    const uint32_t address = probs_smem + row * SLAB_BYTES + ((2 * warp + lane / 8 % 2) ^ row) * 16;  // of eight keys of a row, swizzled
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < REGISTERS; i += 4) {
+            const uint32_t words[2] = {pack2(scores[t][i], scores[t][i + 1]), pack2(scores[t][i + 2], scores[t][i + 3])};
+            store_matrices_transposed(address + t * PROBS_SLAB + i / 4 * 8 * SLAB_BYTES, words);
+        }
+    }
+}
+
+// Leaves of P what that lost.
+__device__ __forceinline__ void subtract_rounded(Scores& scores) {
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < REGISTERS; i += 2) {
+            float low, high;
+            unpack2(pack2(scores[t][i], scores[t][i + 1]), low, high);
+            scores[t][i] -= low;
+            scores[t][i + 1] -= high;
+        }
+    }
+}
+
+__device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, int first_row, int first_key) {
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+        const int begin = mask.begin(first_row + tile_row(r)) - first_key, end = mask.end(first_row + tile_row(r)) - first_key;
+#pragma unroll
+        for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+            for (int i = 0; i < REGISTERS; ++i) {
+                const int key = 64 * t + fragment_position(i);
+                if (fragment_row(i) == r && (key >= end || (BOUND_LEFT && key < begin))) scores[t][i] = NEGATIVE_INFINITY;
+            }
+        }
+    }
+}
+
+// Turns the block's raw scores into exp(scale * (score - max)), and rescales what was accumulated before.
+__device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_THREAD>& states, Output& output, float2* exchange, float scale_log2) {
+    float max[ROWS_OF_THREAD];
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r) max[r] = states.max[r];
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < REGISTERS; ++i) max[fragment_row(i)] = fmaxf(max[fragment_row(i)], scores[t][i]);
+    }
+    over_keys(max, exchange, Max());
+    float rescale[ROWS_OF_THREAD], offset[ROWS_OF_THREAD];
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+        rescale[r] = rescale_factor(states.max[r], max[r], scale_log2);
+        offset[r] = exponent_offset(max[r], scale_log2);
+        states.max[r] = max[r];
+        states.sum[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] *= rescale[output_row(i)];
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < REGISTERS; ++i) {
+            const int r = fragment_row(i);
+            scores[t][i] = exp2_approx(fmaf(scores[t][i], scale_log2, -offset[r]));
+            states.sum[r] += scores[t][i];
+        }
+    }
+}
+
+// Neighbouring columns are four lanes apart: two lanes change places, so that each has two columns of one of their two rows.
+__device__ __forceinline__ void store_output(const Arguments& args, const WorkTile& tile, const Output& output) {
+    const bool is_odd = threadIdx.x & 4;
+#pragma unroll
+    for (int group = 0; group < TILE_M / 8; ++group) {
+        const Destination to = destination(args, tile, tile_row(2 * group + is_odd));
+#pragma unroll
+        for (int slab = 0; slab < SLABS_V; ++slab) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = slab * REGISTERS + 4 * group + 2 * half, column = output_column(i) & ~1;
+                const float received = __shfl_xor_sync(~0u, is_odd ? output[i] : output[i + 1], 4);
+                const uint32_t word = is_odd ? pack2(received, output[i + 1]) : pack2(output[i], received);
+                if (to.out != nullptr && column < HEAD_DIM_V) store_global_4(to.out + 2 * column, word);
+            }
+        }
+    }
+}
+
+// One lane of a row stores what all have.
+__device__ __forceinline__ bool speaks_for_row() { return threadIdx.x % 128 < 4; }
+
+__device__ __forceinline__ void store_partial(const Arguments& args, const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states) {
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+        const int row = tile_row(r);
+        if (destination(args, tile, row).out == nullptr) continue;
+        const Partial to = partial(args, tile, tile.split, row);
+#pragma unroll
+        for (int i = 0; i < OUTPUT_REGISTERS; ++i) {
+            if (output_row(i) == r && output_column(i) < HEAD_DIM_V) __stcg(to.out + output_column(i), output[i]);
+        }
+        if (speaks_for_row()) {
+            const float4 state = make_float4(states.max[r], states.sum[r], states.max[r], states.sum[r]);
+            __stcg(reinterpret_cast<float4*>(to.state), state);
+            __stcg(reinterpret_cast<float4*>(to.state) + 1, state);
+        }
+    }
+}
+
+#include "splits.cuh"
+
+__device__ __forceinline__ void consume(const Arguments& args, const Buffers& buffers) {
+    const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
+    const uint32_t probs_smem = shared_address(buffers.more);  // P, and what rounding it lost
+    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES);                                 // [OUTPUT_REGISTERS, 128]
+    float2* max_exchange = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * 128);                    // [4, TILE_M]
+    float2* sum_exchange = max_exchange + 4 * TILE_M / 2;                                                  // likewise
+    Ring<TILE_SLOTS> slot_ring;
+    Ring<Q_STAGES> q_ring;
+    Ring<STAGES> k_ring, v_ring;
+    RowStates<ROWS_OF_THREAD> carried_states;
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        ++slot_ring.count;
+        const WorkTile& tile = buffers.tile_slots[slot];
+        if (tile.first_row < 0) break;
+        const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
+        const Mask mask = tile_mask(args, tile);
+        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
+        const bool few_keys = mask.end(tile.first_row) - mask.begin(tile.first_row) <= FEW_KEYS;
+
+        Scores scores;
+        Output output;
+#pragma unroll
+        for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] = 0.0f;
+        RowStates<ROWS_OF_THREAD> states;
+        states.reset();
+        if (tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+        const auto start_scores = [&] {
+            mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
+            issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES, buffers.k + k_ring.stage() * K_BYTES);
+        };
+        const auto start_output = [&] {
+            mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+            issue_output(output, probs_smem, buffers.v + v_ring.stage() * V_BYTES);
+            if (few_keys) issue_output(output, probs_smem + PROBS_BYTES, buffers.v + v_ring.stage() * V_BYTES);
+        };
+        const auto finish_scores = [&] {
+            wgmma_wait<0>();
+#pragma unroll
+            for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
+            if (signals) mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
+            ++k_ring.count;
+        };
+        const auto finish_output = [&] {
+            wgmma_wait<0>();
+            pin(output);
+            if (signals) mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
+            ++v_ring.count;
+        };
+        const auto softmax = [&](int block) {
+            if (block >= blocks.full_end || block < blocks.full_begin) mask_scores(scores, mask, tile.first_row, block * TILE_N);
+            exponentiate(scores, states, output, max_exchange, args.scale_log2);
+            store_probs(scores, probs_smem);  // nobody reads the block's before any more: all have met in exponentiate()
+            if (few_keys) {
+                subtract_rounded(scores);
+                store_probs(scores, probs_smem + PROBS_BYTES);
+            }
+            async_proxy_fence();
+            named_barrier_sync(CONSUMERS, 128);
+        };
+        if (blocks.begin < blocks.end) {  // a split may have no key that the tile sees
+            int block = blocks.end - 1;
+            start_scores();
+            finish_scores();
+            softmax(block);
+#pragma unroll 1
+            for (--block; block >= blocks.begin; --block) {
+                start_scores();
+                start_output();
+                finish_scores();
+                finish_output();
+                softmax(block);
+            }
+            start_output();
+            finish_output();
+            over_keys(states.sum, sum_exchange, Sum());
+        }
+        if (tile.split == tile.run_end - 1) {
+            if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
+            ++q_ring.count;
+        }
+        if (tile.splits == 1 || join_splits(args, tile, 0, output, states, carried, carried_states, buffers.is_last)) {
+            float inverse[ROWS_OF_THREAD];
+#pragma unroll
+            for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+                float lse;
+                normalise(states.max[r], states.sum[r], args.scale_log2, inverse[r], lse);
+                const Destination to = destination(args, tile, tile_row(r));
+                if (to.lse != nullptr && speaks_for_row()) *to.lse = lse;
+            }
+#pragma unroll
+            for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] *= inverse[output_row(i)];
+            store_output(args, tile, output);
+        }
+        __syncwarp();
+        if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_decode(const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) char shared[];
+    const Buffers buffers(shared);
+    run(args, buffers, [&](int) { consume(args, buffers); });
+}
