@@ -146,7 +146,7 @@ def cache_spec(
     """The variant that serves attention_with_kvcache; rows_q as for split_rows, page_size 0 where the cache does not lie in pages.
 
     >>> cache_spec("bfloat16", 128, 128, 4, 8, "causal", 1, page_size=16).name  # one query sees all keys
-    'attn_fwd_bf16_d128_gqa4_full_varlen_split64_page16'
+    'attn_fwd_bf16_d128_gqa4_full_varlen_split8_page16'
     """
     split = split_rows(head_dim, head_dim_v, gqa_ratio, kv_heads, rows_q)
     if split and rows_q == 1 and mask == "causal":

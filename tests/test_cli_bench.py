@@ -527,7 +527,7 @@ def test_explain_prints_the_variant_and_its_figures(no_gpu: None, compiles: list
 
 def test_explain_of_few_queries_has_a_cta_for_each_tile(no_gpu: None, compiles: list[KernelSpec]) -> None:
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 7, "--seqlen-k", 100, "--window", "64,-1", "--dtype", "fp16")
-    assert "fp16 4/1 D64 B1 S7/100 window" in result.stdout and "split64" in result.stdout
+    assert "fp16 4/1 D64 B1 S7/100 window" in result.stdout and "split32" in result.stdout  # 7 queries of 4 heads
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 100)
     assert "fp16" not in result.stdout and "_short" in result.stdout and "4 CTAs on 132 SMs" in result.stdout
 
@@ -536,10 +536,10 @@ def test_explain_of_a_paged_decode_shows_packed_heads_and_splits(no_gpu: None, c
     result = run("explain", "--model", "llama-3.1-8b", "--page-size", 48, "--batch", 2)
     assert result.exit_code == 0, result.output
     lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
-    spec = KernelSpec("bfloat16", 128, 128, 4, "full", True, 64, page_rows=16)  # the only query sees all keys
+    spec = KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, page_rows=16)  # the only query sees all keys
     tile = tile_for(spec)
     assert compiles == [spec] and lines["call"] == "bf16 32/8 D128 B2 S1/4096 causal pages of 48"
-    assert lines["tile"].startswith(f"64 rows, 16 queries of 4 heads each, x {tile.tile_n} keys")
+    assert lines["tile"].startswith(f"8 rows, 2 queries of 4 heads each, x {tile.tile_n} keys")
     split = blocks_of_a_split(tile, 8, 4096 // tile.tile_n) * tile.tile_n  # a tile for each KV head
     assert lines["splits"].startswith(f"of {split} keys") and lines["pages"] == "of 48 keys, 16 loaded at a time"
     assert f"16 tiles of {-(-4096 // split)} splits" in lines["grid"]

@@ -41,15 +41,15 @@ def test_a_model_is_its_geometry_in_both_dtypes_masks_and_all_layouts(compiles: 
     result = run("warmup", "--model", "qwen-2.5-7b")
     assert result.exit_code == 0, result.output
     expected = {
-        KernelSpec(dtype, 128, 128, 7, mask, *layout)
+        KernelSpec(dtype, 128, 128, 7, mask, varlen, rows)
         for dtype in ("float16", "bfloat16")
         for mask in ("causal", "full")
-        for layout in ((False,), (True,), (True, 64), (True, 128))
+        for varlen, rows in ((False, 0), *((True, rows) for rows in (0, 8, 16, 32, 64, 128)))
     } | {AppendSpec("float16"), AppendSpec("bfloat16")}
-    assert set(compiles) == expected and len(compiles) == 18
-    assert f"18 compiled, 0 cached; {folder}\n" in result.stdout
+    assert set(compiles) == expected and len(compiles) == 30
+    assert f"30 compiled, 0 cached; {folder}\n" in result.stdout
     for spec in expected:
-        assert any(line.split()[0] == spec.name and line.endswith(" s") for line in result.stdout.splitlines()[:18])
+        assert any(line.split()[0] == spec.name and line.endswith(" s") for line in result.stdout.splitlines()[:30])
 
 
 def test_a_page_size_adds_the_kernels_that_look_pages_up(compiles: list[KernelSpec]) -> None:
@@ -57,15 +57,18 @@ def test_a_page_size_adds_the_kernels_that_look_pages_up(compiles: list[KernelSp
     del compiles[:]
     arguments = "warmup --head-dim 192 --head-dim-v 128 --gqa 2 --dtype bf16 --mask causal --page-size 96".split()
     result = run(*arguments)
-    assert result.exit_code == 0 and "3 compiled, 5 cached" in result.stdout
-    variants = [("causal", 0), ("causal", 64), ("full", 64)]  # 96 rows are cut into pieces that blocks of 128 or of 64 keys consist of
+    assert result.exit_code == 0 and "6 compiled, 8 cached" in result.stdout
+    variants = [
+        *(("causal", rows) for rows in (0, 8, 16, 32, 64)),
+        ("full", 8),
+    ]  # 96 rows are cut into pieces that blocks of 128 or of 64 keys consist of
     assert set(compiles) == {KernelSpec("bfloat16", 192, 128, 2, mask, True, rows, 32) for mask, rows in variants}
 
 
 def test_models_that_share_a_geometry_share_kernels(compiles: list[KernelSpec]) -> None:
     arguments = [x for name in models.GEOMETRIES for x in ("--model", name)]
     assert run("warmup", *arguments).exit_code == 0
-    assert len(compiles) == len(set(compiles)) == 3 * 16 + 2
+    assert len(compiles) == len(set(compiles)) == 28 + 28 + 24 + 2  # a pack of 12 heads has no tile of 8 rows
     assert {spec.gqa_ratio for spec in compiles if isinstance(spec, KernelSpec)} == {4, 7, 12}
 
 
@@ -88,7 +91,7 @@ def test_one_that_fails_is_named_and_the_others_are_kept(compiles: list[KernelSp
     result = run("warmup", "--head-dim", 128, "--gqa", 4, "--mask", "causal", "--dense")
     assert result.exit_code == 1
     assert f"{SPEC.name:<52}   FAILED\n" in result.stdout
-    assert "3 compiled, 0 cached, 3 failed;" in result.stdout
+    assert "6 compiled, 0 cached, 6 failed;" in result.stdout
     assert "Error: NVRTC 12.9 cannot compile attn_fwd_bf16_d128_gqa4_causal: no\n" in result.stderr
     assert compiler.is_cached(KernelSpec("float16", 128, 128, 4, "causal"))
 
@@ -109,7 +112,7 @@ def test_no_jit_proves_that_nothing_is_missing(compiles: list[KernelSpec], monke
 def test_attention_of_any_length_finds_its_kernel(compiles: list[KernelSpec], head_dim: int, mask: str) -> None:
     assert run("warmup", "--head-dim", head_dim, "--gqa", 4, "--dtype", "fp16", "--mask", mask, "--dense").exit_code == 0
     causal, window = mask == "causal", (7, 0) if mask == "window" else None
-    lengths = [(rows, keys) for rows in (1, 7, 20, 100, 1024, 1025, 5000) for keys in (1, 100, 5000, 50000)]
+    lengths = [(rows, keys) for rows in (1, 3, 7, 12, 20, 100, 1024, 1025, 5000) for keys in (1, 100, 5000, 50000)]
     used = {Shape("fp16", 2, rows, keys, 8, 2, head_dim, head_dim, causal, window).spec for rows, keys in lengths}
     assert used == set(compiles)
 
