@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, SPLITS_OF_A_SEQUENCE, split_rows, tile_for
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, tile_for
 
 # struct Arguments of cuda_src/attention_forward.cu
 POINTERS = (
@@ -319,10 +319,8 @@ class Plan:
         places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
         if places >= PLACES_LIMIT or (spec.split_rows and m_blocks * (heads // spec.pack) * MAX_SPLITS >= SPLITS_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
-        if spec.split_rows and batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
-            multiprocessors *= tile.ctas_per_sm  # fewer splits are better spread over as many SMs
-        grid = min(multiprocessors, tiles * MAX_SPLITS if spec.split_rows else tiles)
-        self._kernel = _BoundKernel(load(spec), grid, tile.threads, tile.shared_memory_bytes(spec), block)
+        ctas = grid(spec, batch, tiles, multiprocessors)
+        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         heads_per_group = 1
@@ -345,7 +343,7 @@ class Plan:
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
-            states = multiprocessors * MAX_SPLITS * partial_rows
+            states = ctas * MAX_SPLITS * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
@@ -405,12 +403,8 @@ class CachePlan:
         ratio = q.shape[-2] // k.shape[-2]
         mask = checks.mask_kind(left, right)
         rows_q = None if ragged else q.shape[1]
-        split = split_rows(q.shape[-1], v.shape[-1], ratio, k.shape[-2], rows_q)
-        if split and rows_q == 1 and mask == "causal":
-            mask = "full"  # the only query sees all keys
-        spec = KernelSpec(q.dtype, q.shape[-1], v.shape[-1], ratio, mask, True, split)
-        if page_table:
-            spec = replace(spec, page_rows=math.gcd(k.shape[1], tile_for(spec).tile_n))
+        page_size = k.shape[1] if page_table else 0
+        spec = cache_spec(q.dtype, q.shape[-1], v.shape[-1], ratio, k.shape[-2], mask, rows_q, page_size)
         cos = views.get("rotary_cos")
         self._rotated_q: Array | None = None
         if cos:  # the kernel reads the rotated copy
