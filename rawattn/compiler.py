@@ -87,6 +87,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "SPLIT": spec.split_rows > 0,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
         "MAX_SPLITS": MAX_SPLITS,
+        "SHARES": tile.shares,
         "PAGE_ROWS": spec.page_rows,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),

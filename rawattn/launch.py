@@ -37,7 +37,8 @@ ARGUMENTS = np.dtype(
 L2_BUDGET = 32 << 20
 SHORT = 1024
 PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
-ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
+ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 shares
+NEXT_SHARE = ARRIVALS_BYTES - 128  # of them, in a line of its own: the counter from which shares are dealt
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
@@ -343,7 +344,7 @@ class Plan:
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
-            states = ctas * MAX_SPLITS * partial_rows
+            states = tile.shares * ctas * MAX_SPLITS * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
@@ -363,7 +364,7 @@ class Plan:
             next_tile, workspace = self._counters.address(stream), (0, 0, 0)
         else:
             arrivals = self._workspaces.address(stream, self._workspace_bytes)
-            next_tile, workspace = 0, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
+            next_tile, workspace = arrivals + NEXT_SHARE, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
         self._pointers[:] = [
             out, lse, next_tile, cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, *workspace,
         ]  # fmt: skip

@@ -49,6 +49,11 @@ class Tile:
         return 1 if self.transposed else self.tile_m // 64
 
     @property
+    def shares(self) -> int:
+        """Where keys are split: shares of the work for each CTA, a large one of its own and then small ones, dealt to whoever is done."""
+        return 2 if self.transposed and self.tile_m <= 16 else 1  # with more rows, what waits for the combination takes too much memory
+
+    @property
     def threads(self) -> int:
         return 128 * (1 + self.consumer_warpgroups)
 
