@@ -50,9 +50,9 @@ constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_S
 #include "scheduler.cuh"
 """
 FUNCTIONS = """
-extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest) {
+extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int least_blocks) {
     Places places{m_blocks, heads};
-    places.split(begin, end, fewest);
+    places.split(begin, end, fewest, least_blocks);
     return places;
 }
 
@@ -125,10 +125,10 @@ class DeviceCode:
         self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
 
-    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int) -> Places:
+    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int, least_blocks: int) -> Places:
         function = self.compiled["split"]
         function.restype = Places
-        return function(m_blocks, heads, begin, end, fewest)
+        return function(m_blocks, heads, begin, end, fewest, least_blocks)
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
@@ -304,23 +304,24 @@ def test_the_kernel_takes_as_many_keys_for_few() -> None:
 
 
 @examples
-@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4))
+@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 4))
 def test_splits_are_equal_and_cover_the_keys(
-    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int
+    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, least_blocks: int
 ) -> None:
-    places = device_code.split(m_blocks, heads, begin, begin + total, fewest)
+    places = device_code.split(m_blocks, heads, begin, begin + total, fewest, least_blocks)
     total = max(0, total)
     assert places.first_block == begin and places.cost == places.blocks + 1
     assert 1 <= places.splits <= MAX_SPLITS
     # All have `blocks` blocks but the last, which has the rest; a tile that sees nothing has one split of nothing.
     sizes = [min(places.blocks, total - split * places.blocks) for split in range(places.splits)]
     assert sum(sizes) == total and (total == 0 or min(sizes) > 0)
-    assert places.splits >= min(fewest, total)
+    assert places.splits >= min(fewest, total // least_blocks)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
-    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(1, -(-total // max(wanted, fewest, 1)))
-    tile = next(tile for *_, tile in SPLIT_TABLE if FEW_KEYS // tile.tile_n == fewest) if fewest in (1, 2) else None
-    assert tile is None or places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
+    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(least_blocks, -(-total // max(wanted, fewest, 1)))
+    for _, _, tile in SPLIT_TABLE:
+        if (tile.splits_of_a_sequence, tile.fewest_splits, tile.least_blocks) == (SPLITS_OF_A_SEQUENCE, fewest, least_blocks):
+            assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
     assert compiled["count"](places) == m_blocks * heads * places.splits * (places.blocks + 1)
@@ -329,7 +330,7 @@ def test_splits_are_equal_and_cover_the_keys(
 @examples
 @given(few, few, st.integers(0, 4000), st.data())
 def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, heads: int, total: int, data: st.DataObject) -> None:
-    places = device_code.split(m_blocks, heads, 0, total, 1)
+    places = device_code.split(m_blocks, heads, 0, total, 1, 1)
     place = data.draw(st.integers(-5, device_code.compiled["count"](places)), "place")
     item = device_code.compiled["at_or_after"](places, place)
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost

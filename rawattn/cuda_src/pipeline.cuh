@@ -41,7 +41,7 @@ constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
 constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
-constexpr int DEALT_FROM = SHARES == 2 ? 64 : 1 << 30;  // places of an equal share
+constexpr int DEALT_FROM = SHARES == 2 ? 16 : 1 << 30;  // places of an equal share
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
@@ -129,7 +129,7 @@ struct TileList {
     __device__ __forceinline__ int enter(const Arguments& args, const int* parts, int number) {
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
         const int length = divide_up(total, gridDim.x);
-        small_length = length >= DEALT_FROM ? length / 8 : 0;
+        small_length = length >= DEALT_FROM ? length / 4 : 0;
         share_length = length - small_length;
         share = number;
         share_start = min(total, begin_of_share(number));
@@ -228,7 +228,7 @@ struct TileList {
         if constexpr (SPLIT) {
             if (rows > 0) {
                 const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-                places.split(blocks.begin, blocks.end, FEW_KEYS / TILE_N);
+                places.split(blocks.begin, blocks.end, FEWEST_SPLITS, LEAST_BLOCKS);
             }
         }
         return places;
