@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .spec import AppendSpec, KernelSpec
-from .tiles import CONTROL_BYTES, MAX_SPLITS, tile_for
+from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, tile_for
 
 CUDA_SRC = Path(__file__).parent / "cuda_src"
 ARCHITECTURE = "sm_90a"  # the "a" unlocks WGMMA and setmaxnreg; such a cubin runs on compute capability 9.0 alone
@@ -85,7 +85,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "CONSUMER_REGISTERS": consumer_registers,
         "PACK": spec.pack,
         "SPLIT": spec.split_rows > 0,
-        "SPLITS_OF_A_SEQUENCE": tile.splits_of_a_sequence,
+        "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
         "FEWEST_SPLITS": tile.fewest_splits,
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,

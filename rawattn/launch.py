@@ -27,9 +27,9 @@ POINTERS = (
 ARGUMENTS = np.dtype(
     {
         "names": ["maps", *POINTERS, "out_strides", "lse_batch_stride", "page_table_stride", "sizes", "new_keys", "mask", "heads_per_group",
-                  "page_size", "partial_rows", "scale_log2"],
-        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "f4"],
-        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564],
+                  "page_size", "partial_rows", "most_splits", "scale_log2"],
+        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4"],
+        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568],
         "itemsize": 576,
     }
 )  # fmt: skip
@@ -37,7 +37,7 @@ ARGUMENTS = np.dtype(
 L2_BUDGET = 32 << 20
 SHORT = 1024
 PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
-ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 shares
+ARRIVALS_BYTES = 16384  # at the start of a workspace: up to two counters for each of up to 2000 shares
 NEXT_SHARE = ARRIVALS_BYTES - 128  # of them, in a line of its own: the counter from which shares are dealt
 
 # CUtensorMap enums of cuda.h
@@ -344,7 +344,8 @@ class Plan:
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
-            states = tile.shares * ctas * MAX_SPLITS * partial_rows
+            fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
+            states = tile.shares * ctas * most_splits * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)

@@ -11,7 +11,7 @@ SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
 SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
-SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, for each CTA of an SM: about the SMs of an H100, so that one sequence fills it
+SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
@@ -48,10 +48,9 @@ class Tile:
     def consumer_warpgroups(self) -> int:
         return 1 if self.transposed else self.tile_m // 64
 
-    @property
-    def splits_of_a_sequence(self) -> int:
-        """Where keys are split: how many splits a sequence has over all its tiles, if it is long enough."""
-        return SPLITS_OF_A_SEQUENCE * self.ctas_per_sm
+    def most_splits(self, tiles: int) -> int:
+        """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
+        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits, 1), MAX_SPLITS)
 
     @property
     def fewest_splits(self) -> int:
@@ -60,13 +59,13 @@ class Tile:
 
     @property
     def least_blocks(self) -> int:
-        """Blocks of a split at least: the combination of the splits takes time too."""
-        return 2 if self.transposed else 1
+        """Blocks of a split at least, if four splits have so many: the combination takes time too."""
+        return 4 if self.transposed else 1
 
     @property
     def shares(self) -> int:
-        """Where keys are split: shares of the work for each CTA, a large one of its own and then small ones, dealt to whoever is done."""
-        return 2 if self.transposed and self.tile_m <= 16 else 1  # with more rows, what waits for the combination takes too much memory
+        """Where keys are split: shares of the work for each CTA, a large one of its own and then smaller ones, dealt to whoever is done."""
+        return 4 if self.transposed and self.tile_m <= 16 else 1  # with more rows, what waits for the combination takes too much memory
 
     @property
     def threads(self) -> int:
@@ -177,15 +176,16 @@ def cache_spec(
 
 def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
     """Where keys are split: how many of the `blocks` of keys of a sequence each split of its `tiles` has, as Places::split says."""
-    splits = min(max(tile.splits_of_a_sequence // tiles, tile.fewest_splits, 1), MAX_SPLITS)
-    return max(tile.least_blocks, -(-blocks // splits))
+    return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, blocks // 4)))
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
     """CTAs of a launch of `tiles` tiles of `batch` sequences."""
     if not spec.split_rows:
         return min(multiprocessors, tiles)
-    return min(multiprocessors * tile_for(spec).ctas_per_sm, tiles * MAX_SPLITS)
+    if batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
+        multiprocessors *= tile_for(spec).ctas_per_sm  # fewer splits are better spread over as many SMs
+    return min(multiprocessors, tiles * MAX_SPLITS)
 
 
 def tile_for(spec: KernelSpec) -> Tile:

@@ -8,7 +8,7 @@
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column
 // 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
 constexpr int ROWS_OF_THREAD = 2;
-constexpr int RESULTS_IN_FLIGHT = TILE_M == 128 ? 4 : 8;  // to where they are combined, as registers allow
+constexpr int RESULTS_IN_FLIGHT = 4;  // to where they are combined, as registers allow
 
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }

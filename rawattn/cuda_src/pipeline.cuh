@@ -20,8 +20,8 @@ struct Arguments {
     const int* cache_leftpad;    // [B], keys at the start of that row that nobody sees; or null
     const int* page_table;       // [B, max_pages]
     int* arrivals;               // [SHARES * gridDim.x, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
-    float* partial_out;          // [SHARES * gridDim.x, MAX_SPLITS, partial_rows, Dv]: of splits, not yet divided by the sum
-    float2* partial_state;       // [SHARES * gridDim.x, MAX_SPLITS, partial_rows, 4]: their maximum and sum
+    float* partial_out;          // [SHARES * gridDim.x, most_splits, partial_rows, Dv]: of splits, not yet divided by the sum
+    float2* partial_state;       // [SHARES * gridDim.x, most_splits, partial_rows, 4]: their maximum and sum
     long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
     long long lse_batch_stride;                                   // elements
     long long page_table_stride;                                  // elements
@@ -32,7 +32,7 @@ struct Arguments {
     int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
     int heads_per_group;                                          // heads whose K and V share L2
     int page_size;
-    int partial_rows;
+    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits
     float scale_log2;                                             // softmax scale * log2(e)
 };
 
@@ -41,7 +41,7 @@ constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
 constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
-constexpr int DEALT_FROM = SHARES == 2 ? 16 : 1 << 30;  // places of an equal share
+constexpr int DEALT_FROM = 32;  // places of a CTA from which on it is worth while to deal some of them
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
@@ -105,14 +105,14 @@ __device__ __forceinline__ Mask sequence_mask(const Arguments& args, int q_lengt
 
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
 // of all splits before. Then it is cut into shares, and a CTA takes the splits that start in its share, so that it meets those of one tile one after
-// the other: first the share of its number, and then, as not all SMs get the same from memory, small ones from the end that are dealt to whoever asks.
+// the other: first the share of its number, and then, as not all SMs get the same from memory, ever smaller ones that are dealt to whoever asks.
 struct TileList {
     int first_batch = -1, next_batch = 0;  // lengths on the device: the 32 sequences that the warp has looked at, one a lane, and those that it wants
     int before = 0;                        // the places of all earlier ones
     Sequence seq;                          // the lane's
     Places own;
     int through;                           // the places of all lanes up to it
-    int share_length, small_length;     // SPLIT: of the places of the first gridDim.x shares, and of as many after them
+    int share_lengths[SHARES];          // SPLIT: the places of each of the first gridDim.x shares, of as many after them, and so on
     int share, share_start, share_end;  // the one in hand
     int remaining = 0;                  // splits of the last tile found that the share still has
 
@@ -129,8 +129,12 @@ struct TileList {
     __device__ __forceinline__ int enter(const Arguments& args, const int* parts, int number) {
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
         const int length = divide_up(total, gridDim.x);
-        small_length = length >= DEALT_FROM ? length / 4 : 0;
-        share_length = length - small_length;
+        share_lengths[0] = length;
+#pragma unroll
+        for (int round = 1; round < SHARES; ++round) {
+            share_lengths[round] = length < DEALT_FROM ? 0 : max(DEALT_FROM / 8, length >> (2 + round));
+            share_lengths[0] -= share_lengths[round];
+        }
         share = number;
         share_start = min(total, begin_of_share(number));
         share_end = min(total, begin_of_share(number + 1));
@@ -143,13 +147,23 @@ struct TileList {
     }
 
     __device__ __forceinline__ int begin_of_share(int number) const {
-        return min(number, int(gridDim.x)) * share_length + max(0, number - int(gridDim.x)) * small_length;
+        int begin = 0;
+#pragma unroll
+        for (int round = 0; round < SHARES; ++round) begin += min(max(number - round * int(gridDim.x), 0), int(gridDim.x)) * share_lengths[round];
+        return begin;
     }
 
     __device__ __forceinline__ int share_of(int place) const {
-        const int dealt = place - int(gridDim.x) * share_length;
-        return dealt < 0 ? divide(place, share_length) : gridDim.x + divide(dealt, small_length);
+#pragma unroll
+        for (int round = 0; round < SHARES - 1; ++round) {
+            const int places = gridDim.x * share_lengths[round];
+            if (place < places) return round * gridDim.x + divide(place, share_lengths[round]);
+            place -= places;
+        }
+        return (SHARES - 1) * gridDim.x + divide(place, share_lengths[SHARES - 1]);
     }
+
+    __device__ __forceinline__ bool are_dealt() const { return SHARES > 1 && share_lengths[SHARES - 1] > 0; }
 
     static __device__ __forceinline__ int part_length(const Arguments& args) { return (args.batch + 32 * CTA_WARPS - 1) / (32 * CTA_WARPS) * 32; }
 
@@ -310,7 +324,7 @@ struct Partial {
 };
 
 __device__ __forceinline__ Partial partial(const Arguments& args, const WorkTile& tile, int split, int tile_row) {
-    const long long row = (long long)(tile.slot * MAX_SPLITS + split) * args.partial_rows + tile_row;
+    const long long row = ((long long)tile.slot * args.most_splits + split) * args.partial_rows + tile_row;
     return {args.partial_out + row * HEAD_DIM_V, args.partial_state + 4 * row};
 }
 
@@ -395,10 +409,10 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
         const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) {
             if constexpr (SPLIT) {
-                if (list.small_length > 0) {
+                if (list.are_dealt()) {
                     ask();
                     asked = __shfl_sync(~0u, asked, 0);
-                    if (asked < gridDim.x) {
+                    if (asked < (SHARES - 1) * gridDim.x) {
                         place = list.enter(args, buffers.parts, gridDim.x + asked);
                         continue;
                     }
@@ -451,7 +465,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
     }
     mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot_ring.stage());
     // As many ask as there are tiles, or shares: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
-    const bool asked_last = SPLIT ? list.small_length > 0 && asked == 2 * gridDim.x - 1 : place - int(gridDim.x) == list.before - 1;
+    const bool asked_last = SPLIT ? list.are_dealt() && asked == SHARES * gridDim.x - 1 : place - int(gridDim.x) == list.before - 1;
     if (threadIdx.x == 0 && asked_last) *args.next_tile = 0;
 }
 
