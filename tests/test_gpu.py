@@ -317,7 +317,7 @@ def test_a_sequence_does_not_depend_on_its_batch(name: str, rows_q: int, rows_k:
 
 @pytest.mark.parametrize("name", [name for name in DENSE if DENSE[name].mask == "causal"])
 def test_the_tile_that_a_row_falls_into_does_not_change_its_bits(name: str) -> None:
-    """Which hidden keys are left out differs from tile to tile. No row sees so few keys that its warpgroup's first row matters (FEW_KEYS)."""
+    """Which hidden keys are left out differs from tile to tile. All rows see more than FEW_KEYS, which goes by a warpgroup's first row."""
     q, k, v = make(DENSE[name], 1, 1300, 1600, 2)
     out, lse = rawattn.attention(q, k, v, causal=True, return_lse=True)
     for first in (1, 64, 100, 191):
