@@ -103,7 +103,8 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         scores = _wgmma("wgmma_scores", tile.tile_m, element, "1, 1, 0, 0")
         output = _wgmma("wgmma_output", tile.tile_m, element, "1, 1, 1, 0")
     else:
-        scores = _wgmma("wgmma_scores", tile.tile_n, element, "1, 1, 0, 0")
+        # The overload for half a block serves the diagonal.
+        scores = "".join(_wgmma("wgmma_scores", n, element, "1, 1, 0, 0") for n in (tile.tile_n, tile.tile_n // 2))
         output = _wgmma("wgmma_output", spec.head_dim_v, element, "1, 1, 1", a_in_registers=True)
     return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
 

@@ -92,8 +92,14 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
     (
         64,
         64,
-        _ALL,
+        ("full", "window"),
         Tile(192, 128, 2, 2, (32, 160), False, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2"),
+    ),
+    (
+        64,
+        64,
+        ("causal",),
+        Tile(192, 128, 2, 4, (32, 160), False, "as full; warpgroups that the diagonal lets run ahead find more blocks loaded"),
     ),
     (
         128,

@@ -96,11 +96,12 @@ class Mask(ctypes.Structure):
 class KeyBlocks(ctypes.Structure):
     """struct KeyBlocks of mask.cuh"""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "full_begin", "full_end")]
+    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "full_begin", "full_end", "own_end")]
     begin: int
     end: int
     full_begin: int
     full_end: int
+    own_end: int
 
 
 class Places(ctypes.Structure):
@@ -243,8 +244,11 @@ def test_key_blocks_are_those_that_the_tile_sees(device_code: DeviceCode, spec: 
         own = seen[own_first - first_row :][:64]
         whole = np.flatnonzero(own.all(axis=(0, 2))).tolist()
         assert set(full) <= set(whole)
-        if len(own) == 64:  # none is masked without need
+        seen_keys = np.flatnonzero(own.any(axis=0).ravel())
+        assert (seen_keys < blocks.own_end).all()
+        if len(own) == 64:  # none is masked without need, or computed that nobody sees
             assert list(full) == whole
+            assert not seen_keys.size or blocks.own_end == seen_keys[-1] + 1
 
 
 def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
@@ -252,7 +256,7 @@ def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
     for spec in itertools.starmap(KernelSpec, itertools.product(DTYPES, dims, dims, (1, 7), MASKS, (False, True))):
         tile = tile_for(spec)
         assert tile.tile_m % 64 == 0, spec  # a consumer warpgroup's rows
-        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec  # the K of P V's WGMMA, and the largest N of Q K^T's
+        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec  # the K of P V's WGMMA, two of Q K^T's smallest N, and its largest
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT, spec
         producer, consumer = tile.registers
         assert all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec  # what setmaxnreg takes
