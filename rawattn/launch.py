@@ -340,6 +340,7 @@ class Plan:
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
+        self._reads_lengths = spec.varlen
         self._workspaces: _Workspaces | None = None
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
@@ -361,14 +362,16 @@ class Plan:
             k_map.point_to(k)
             v_map.point_to(v)
             self._mapped = (q, k, v)
+        pointers = self._pointers
+        pointers[0], pointers[1] = out, lse
         if self._workspaces is None:
-            next_tile, workspace = self._counters.address(stream), (0, 0, 0)
+            pointers[2] = self._counters.address(stream)
         else:
             arrivals = self._workspaces.address(stream, self._workspace_bytes)
-            next_tile, workspace = arrivals + NEXT_SHARE, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
-        self._pointers[:] = [
-            out, lse, next_tile, cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, *workspace,
-        ]  # fmt: skip
+            pointers[2] = arrivals + NEXT_SHARE
+            pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
+        if self._reads_lengths:
+            pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]
         self._kernel.launch(stream)
 
 
