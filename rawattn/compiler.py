@@ -89,7 +89,6 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "FEWEST_SPLITS": tile.fewest_splits,
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
-        "SHARES": tile.shares,
         "PAGE_ROWS": spec.page_rows,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),

@@ -37,8 +37,7 @@ ARGUMENTS = np.dtype(
 L2_BUDGET = 32 << 20
 SHORT = 1024
 PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
-ARRIVALS_BYTES = 16384  # at the start of a workspace: up to two counters for each of up to 2000 shares
-NEXT_SHARE = ARRIVALS_BYTES - 128  # of them, in a line of its own: the counter from which shares are dealt
+ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 # CUtensorMap enums of cuda.h
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
@@ -346,7 +345,7 @@ class Plan:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
             fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
-            states = tile.shares * ctas * most_splits * partial_rows
+            states = ctas * most_splits * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
@@ -368,7 +367,6 @@ class Plan:
             pointers[2] = self._counters.address(stream)
         else:
             arrivals = self._workspaces.address(stream, self._workspace_bytes)
-            pointers[2] = arrivals + NEXT_SHARE
             pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
         if self._reads_lengths:
             pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]

@@ -54,18 +54,13 @@ class Tile:
 
     @property
     def fewest_splits(self) -> int:
-        """A tile has a split at least for each so many keys, where rows with few keys keep P in two parts only in the last block of a split."""
+        """Splits of a tile at least, where rows with few keys keep P in two parts only in the last block of a split."""
         return 1 if self.transposed else max(1, FEW_KEYS // self.tile_n)
 
     @property
     def least_blocks(self) -> int:
         """Blocks of a split at least, if four splits have so many: the combination takes time too."""
-        return 4 if self.transposed else 1
-
-    @property
-    def shares(self) -> int:
-        """Where keys are split: shares of the work for each CTA, a large one of its own and then smaller ones, dealt to whoever is done."""
-        return 4 if self.transposed and self.tile_m <= 16 else 1  # with more rows, what waits for the combination takes too much memory
+        return (4 if self.tile_m <= 16 else 8) if self.transposed else 1
 
     @property
     def threads(self) -> int:
@@ -76,7 +71,9 @@ class Tile:
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-        carried = 4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0  # the output of the splits so far, or factors
+        carried = (
+            4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0
+        )  # the output of the splits so far, or factors
         if self.transposed:
             carried = (
                 4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)

@@ -322,7 +322,9 @@ def test_splits_are_equal_and_cover_the_keys(
     assert places.splits >= min(fewest, total // least_blocks)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
-    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(-(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4)))
+    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
+        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4))
+    )
     for _, _, tile in SPLIT_TABLE:
         if (tile.fewest_splits, tile.least_blocks) == (fewest, least_blocks):
             assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
@@ -350,7 +352,7 @@ struct Number { int x; };
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
 
-static Number gridDim, threadIdx;
+static Number blockIdx, gridDim, threadIdx;
 static ucontext_t lanes[32], caller;
 
 // Every lane calls it with its value; returns those of all. Two sets in turn, for a lane writes the next before the last has read these.
@@ -387,7 +389,7 @@ uint32_t __ballot_sync(unsigned, bool value) {
 SHARES = """
 static const Arguments* arguments;
 static WorkTile slots[TILE_SLOTS], *written;
-static int number, room, found;
+static int room, found;
 
 // As produce() walks it.
 static void walk(int lane) {
@@ -398,7 +400,7 @@ static void walk(int lane) {
         list = {};
         parts[warp] = list.count_part(*arguments, warp);
     }
-    int place = list.enter(*arguments, parts, number);
+    int place = list.begin(*arguments, parts);
     for (int slot = 0;; slot = (slot + 1) % TILE_SLOTS) {
         place = list.find(*arguments, place, slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], slots[slot]);
         __syncwarp();
@@ -412,14 +414,14 @@ static void walk(int lane) {
 
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
-// The splits in the share of that number, in the order in which a CTA takes them; returns how many there are.
-extern "C" int share(int share, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
+// The splits that CTA `cta` of `ctas` takes, in its order; returns how many there are.
+extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
                      int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
     args.batch = batch, args.heads = heads, args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k;
     args.left = left, args.right = right, args.bottom_right = 1;
-    arguments = &args, number = share, gridDim.x = ctas;
+    arguments = &args, blockIdx.x = cta, gridDim.x = ctas;
     written = tiles, room = size, found = 0;
     for (int lane = 0; lane < 32; ++lane) {
         getcontext(&lanes[lane]);
@@ -458,18 +460,14 @@ def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, cty
     return libraries
 
 
-def shares(
-    spec: KernelSpec, library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window
-) -> list[list[Split]]:
-    """The splits in each share: those of the CTAs, then those that are dealt."""
+def shares(library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window) -> list[list[Split]]:
+    """The splits that each CTA takes, in its order."""
     ends = [np.cumsum([0, *lengths], dtype=np.intc) for lengths in (q_lengths, k_lengths)]
     buffer = np.empty((4096, len(WORK_TILE)), np.intc)
     pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*ends, buffer)]
     result = []
-    for number in range(tile_for(spec).shares * ctas):
-        found = library["share"](
-            number, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2]
-        )
+    for cta in range(ctas):
+        found = library["share"](cta, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2])
         assert found <= len(buffer)
         result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
     return result
@@ -503,7 +501,7 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
     q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
     ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
-    taken = shares(spec, tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
+    taken = shares(tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
 
     tiles = by_tile(taken)
     tile_rows, tile_n = tile_for(spec).tile_m // spec.pack * spec.pack, tile_for(spec).tile_n
@@ -555,6 +553,6 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
         tiles = by_tile(taken).items()
         return {key[1:]: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles if key[0] == which}
 
-    with_others = shares(spec, tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
-    alone = shares(spec, tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
+    with_others = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
+    alone = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
     assert bounds(with_others, b) == bounds(alone, 0)

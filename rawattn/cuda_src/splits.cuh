@@ -1,5 +1,6 @@
 // Splits of a tile's keys are taken together. The file that includes this says how its accumulators lie: ROWS_OF_THREAD, tile_row(r) of each of
-// these rows, output_row(i) of them that register i of the output belongs to, store_partial(), and RESULTS_IN_FLIGHT.
+// these rows, output_row(i) of them that register i of the output belongs to, store_partial(), and TASKS_IN_FLIGHT and
+// RESULTS_IN_FLIGHT.
 #pragma once
 
 // Shared memory of one warpgroup where splits are combined, that of what it carries, which it no longer needs then: for each row and result a pair.
@@ -43,36 +44,49 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
     constexpr int COLUMNS = 4;  // of one thread's task
     const int rows = min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - WARPGROUP_ROWS * warpgroup);
     const int first_split = tile.first_splits - 1, results = tile.splits - first_split, tasks = rows * (HEAD_DIM_V / COLUMNS);
-    float4 parts[RESULTS_IN_FLIGHT];
-    const auto load = [&](int task, int first) {
+    float4 parts[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
+    const auto load = [&](float4 (&parts)[RESULTS_IN_FLIGHT], int task, int first) {
         const int row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
         const float* from = partial(args, tile, first_split + first, WARPGROUP_ROWS * warpgroup + row).out + column;
 #pragma unroll
         for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
-            if (first + i < results) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + (long long)i * args.partial_rows * HEAD_DIM_V));
+            if (task < tasks && first + i < results) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + (long long)i * args.partial_rows * HEAD_DIM_V));
         }
     };
+    const auto load_all = [&](int first_task, int first) {
+#pragma unroll
+        for (int t = 0; t < TASKS_IN_FLIGHT; ++t) load(parts[t], first_task + 128 * t, first);
+    };
     const int own = threadIdx.x % 128;
-    if (own < tasks) load(own, 0);  // on the way while the factors are found
+    load_all(own, 0);  // on the way while the factors are found
     weigh_results(args, tile, warpgroup, rows, first_split, results, carried);
     named_barrier_sync(barrier, 128);
-    for (int task = own; task < tasks; task += 128) {
-        const int row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
-        float output[COLUMNS];
+    for (int first_task = own; first_task < tasks; first_task += 128 * TASKS_IN_FLIGHT) {
+        float outputs[TASKS_IN_FLIGHT][COLUMNS];
         for (int first = 0; first < results; first += RESULTS_IN_FLIGHT) {
-            if (task > own || first > 0) load(task, first);
+            if (first_task > own || first > 0) load_all(first_task, first);
 #pragma unroll
-            for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
-                if (first + i >= results) break;
-                const float2 factor = factors(carried, row, first + i);
-                const float part[COLUMNS] = {parts[i].x, parts[i].y, parts[i].z, parts[i].w};
+            for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
+                const int task = first_task + 128 * t;
+                if (task >= tasks) break;
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) output[j] = first + i == 0 ? part[j] : Fold::of(output[j], factor.x, part[j], factor.y);
+                for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
+                    if (first + i >= results) break;
+                    const float2 factor = factors(carried, task / (HEAD_DIM_V / COLUMNS), first + i);
+                    const float part[COLUMNS] = {parts[t][i].x, parts[t][i].y, parts[t][i].z, parts[t][i].w};
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) outputs[t][j] = first + i == 0 ? part[j] : Fold::of(outputs[t][j], factor.x, part[j], factor.y);
+                }
             }
         }
-        const float inverse = factors(carried, row, 0).x;
-        char* to = destination(args, tile, WARPGROUP_ROWS * warpgroup + row).out;
-        store_global_8(to + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
+#pragma unroll
+        for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
+            const int task = first_task + 128 * t, row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
+            if (task >= tasks) break;
+            const float inverse = factors(carried, row, 0).x, (&output)[COLUMNS] = outputs[t];
+            char* to = destination(args, tile, WARPGROUP_ROWS * warpgroup + row).out;
+            store_global_8(to + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
+        }
     }
     named_barrier_sync(barrier, 128);  // what it carries next would overwrite the factors
 }
