@@ -104,6 +104,7 @@ __device__ int sequence_of(const Arguments& args, int row) {
 }
 
 extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
+    let_next_kernel_start();  // the attention gets ready meanwhile, and waits before it loads what is written here
     const int heads = 2 * args.kv_heads + (args.rotated_q.data != nullptr ? args.q_heads : 0);
     const long long task = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
     const long long token = task / heads;
