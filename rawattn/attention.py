@@ -269,20 +269,20 @@ _local = _Local()
 
 def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, return_lse: bool) -> Any:
     """The result of a call of that kind. Where arrays of this geometry have been found right before, it is launched at once."""
-    kinds = {*map(type, inputs.values())}
-    fast = access(*kinds) if len(kinds) == 1 else None
-    if fast is not None:
-        addresses, geometry = fast.read(inputs.values())
-        key = (kind, *kinds, options, return_lse, *inputs, *geometry)
+    q = inputs["q"]
+    fast = access(type(q))
+    addresses, geometry = fast.read(inputs.values()) if fast is not None else ([], [])
+    if geometry:
+        key = (kind, options, return_lse, *inputs, *geometry)
         launcher = _local.launchers.get(key)
         if launcher is not None:
-            result = launcher(inputs["q"], addresses, inputs.get("out"))
+            result = launcher(q, addresses, inputs.get("out"))
             if result is not None:
                 return result
     views = _views(inputs)
     call = _checked_call(kind, views, options)
     result = call(views, return_lse)
-    if fast is not None and call.plan is not None:
+    if geometry and call.plan is not None:
         if len(_local.launchers) >= PLANS_KEPT:
             _local.launchers.clear()
         _local.launchers[key] = Launcher(fast, call, views, return_lse)

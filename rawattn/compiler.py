@@ -86,7 +86,10 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "PACK": spec.pack,
         "SPLIT": spec.split_rows > 0,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
+        "FEWEST_SPLITS": tile.fewest_splits,
+        "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
+        "SHARES": tile.shares,
         "PAGE_ROWS": spec.page_rows,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),
@@ -100,7 +103,8 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         scores = _wgmma("wgmma_scores", tile.tile_m, element, "1, 1, 0, 0")
         output = _wgmma("wgmma_output", tile.tile_m, element, "1, 1, 1, 0")
     else:
-        scores = _wgmma("wgmma_scores", tile.tile_n, element, "1, 1, 0, 0")
+        # The overload for half a block serves the diagonal.
+        scores = "".join(_wgmma("wgmma_scores", n, element, "1, 1, 0, 0") for n in (tile.tile_n, tile.tile_n // 2))
         output = _wgmma("wgmma_output", spec.head_dim_v, element, "1, 1, 1", a_in_registers=True)
     return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
 

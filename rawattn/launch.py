@@ -27,9 +27,9 @@ POINTERS = (
 ARGUMENTS = np.dtype(
     {
         "names": ["maps", *POINTERS, "out_strides", "lse_batch_stride", "page_table_stride", "sizes", "new_keys", "mask", "heads_per_group",
-                  "page_size", "partial_rows", "scale_log2"],
-        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "f4"],
-        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564],
+                  "page_size", "partial_rows", "most_splits", "scale_log2"],
+        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4"],
+        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568],
         "itemsize": 576,
     }
 )  # fmt: skip
@@ -37,7 +37,8 @@ ARGUMENTS = np.dtype(
 L2_BUDGET = 32 << 20
 SHORT = 1024
 PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
-ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
+ARRIVALS_BYTES = 16384  # at the start of a workspace: up to two counters for each of up to 2000 shares
+NEXT_SHARE = ARRIVALS_BYTES - 128  # of them, in a line of its own: the counter from which shares are dealt
 
 OVERLAP_DRIVER = 12030  # the first CUDA whose graphs keep that a kernel may start while the one before it runs
 
@@ -374,12 +375,14 @@ class Plan:
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
+        self._reads_lengths = spec.varlen
         self._workspaces: _Workspaces | None = None
         self.workspace_bytes = 0
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
-            states = ctas * MAX_SPLITS * partial_rows
+            fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
+            states = tile.shares * ctas * most_splits * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self.workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
@@ -395,14 +398,16 @@ class Plan:
             k_map.point_to(k)
             v_map.point_to(v)
             self._mapped = (q, k, v)
+        pointers = self._pointers
+        pointers[0], pointers[1] = out, lse
         if self._workspaces is None:
-            next_tile, workspace = self._counters.address(stream), (0, 0, 0)
+            pointers[2] = self._counters.address(stream)
         else:
             arrivals = self._workspaces.address(stream, self.workspace_bytes)
-            next_tile, workspace = 0, (arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES)
-        self._pointers[:] = [
-            out, lse, next_tile, cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, *workspace,
-        ]  # fmt: skip
+            pointers[2] = arrivals + NEXT_SHARE
+            pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
+        if self._reads_lengths:
+            pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]
         self._kernel.launch(stream)
 
 

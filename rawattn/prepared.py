@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 class Access(NamedTuple):
     """How to reach the arrays of one framework on GPUs, in as few Python operations as it takes."""
 
-    # Addresses and geometry: arrays of equal geometry are laid out alike on one device. Both are empty where attention() refuses one.
+    # Addresses and geometry: arrays of equal geometry are laid out alike on one device. Both are empty where one is of another type, or
+    # one that attention() refuses.
     read: Callable[[Collection[Any]], tuple[list[int], list[Any]]]
+    # From examples: what gives the addresses of arrays that are laid out like them, and None for others.
+    matcher: Callable[[Collection[Any]], Callable[[Collection[Any]], list[int] | None]]
     address: Callable[[Any], int]
     # From a view of q, a shape and a dtype: what allocates such an array beside any q like that.
     allocator: Callable[[Array, tuple[int, ...], str], Callable[[Any], Any]]
@@ -51,22 +54,28 @@ def _cupy_access() -> Access:
         addresses: list[int] = []
         geometry: list[Any] = []
         for x in xs:
+            if type(x) is not ndarray:
+                return [], []
             memory = x.data
             addresses.append(memory.ptr)
-            geometry += (x.shape, x.strides, x.dtype, memory.device_id)
+            # The private flag, which CuPy's own Python code reads, is there at once; strides become a new tuple each time.
+            geometry += (x.shape, getattr(x, "_c_contiguous", False) or x.strides, x.dtype, memory.device_id)
         return addresses, geometry
+
+    def matcher(examples: Collection[Any]) -> Callable[[Collection[Any]], list[int] | None]:
+        return functools.partial(_match, read, read(examples)[1])
 
     def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
         dtype = np.dtype(name)
         return lambda q: ndarray(shape, dtype)
 
-    return Access(read, attrgetter("data.ptr"), allocator, lambda device: current_stream(device).ptr)
+    return Access(read, matcher, attrgetter("data.ptr"), allocator, lambda device: current_stream(device).ptr)
 
 
 def _torch_access() -> Access:
     import torch
 
-    grad_enabled = torch.is_grad_enabled
+    tensor, grad_enabled, address = torch.Tensor, torch.is_grad_enabled, torch.Tensor.data_ptr
 
     def read(xs: Collection[Any]) -> tuple[list[int], list[Any]]:
         addresses: list[int] = []
@@ -74,7 +83,7 @@ def _torch_access() -> Access:
         computes_gradients = grad_enabled()
         try:
             for x in xs:
-                if computes_gradients and x.requires_grad:
+                if type(x) is not tensor or (computes_gradients and x.requires_grad):
                     return [], []
                 addresses.append(x.data_ptr())
                 geometry += (x.shape, x.stride(), x.dtype, x.get_device())
@@ -82,13 +91,35 @@ def _torch_access() -> Access:
             return [], []
         return addresses, geometry
 
+    def matcher(examples: Collection[Any]) -> Callable[[Collection[Any]], list[int] | None]:
+        others = functools.partial(_match, read, read(examples)[1])
+        try:
+            # What torch.compile looks at before each call, in a fifth of the time: type, dtype, device, sizes, strides, requires_grad,
+            # dispatch keys. It is private, and may say no to equals, after inference_mode() has begun, say.
+            guards = torch._C._dynamo.guards.TensorGuards(
+                *[x.detach() for x in examples], dynamic_dims_sizes=None, dynamic_dims_strides=None
+            )
+        except Exception:
+            return others
+        are_alike = guards.check
+
+        def match(xs: Collection[Any]) -> list[int] | None:
+            return [*map(address, xs)] if are_alike(*xs) else others(xs)
+
+        return match
+
     def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
         if (shape, name) == (q.shape, q.dtype):
             return functools.partial(torch.empty_like, memory_format=torch.contiguous_format)  # in half the time
         dtype = getattr(torch, name)
         return lambda q: q.new_empty(shape, dtype=dtype)
 
-    return Access(read, torch.Tensor.data_ptr, allocator, arrays.torch_stream_pointer())
+    return Access(read, matcher, address, allocator, arrays.torch_stream_pointer())
+
+
+def _match(read: Callable[[Collection[Any]], tuple[list[int], list[Any]]], wanted: list[Any], xs: Collection[Any]) -> list[int] | None:
+    addresses, geometry = read(xs)
+    return addresses if geometry == wanted else None
 
 
 class Launcher:
@@ -140,15 +171,13 @@ class Prepared:
     """What prepare() returns: op(q, k, v, *, out=None), attention() for arrays laid out as those prepared. Threads may share it."""
 
     def __init__(self, views: dict[str, Array], options: dict[str, Any], launcher: Launcher | None, attention: Callable[..., Any]):
-        q = views["q"]
-        self._kind = type(q.owner)
-        self._options, self._attention, self._launcher = options, attention, launcher
-        self._lock = threading.Lock()  # a plan's argument block is filled in place
+        self._options, self._attention = options, attention
         self._layouts = {name: (a.framework, a.device, a.dtype, a.shape, a.strides) for name, a in views.items()}
-        found = access(self._kind)
-        if found:
-            self._read = found.read
-            self._geometries = {count: found.read([a.owner for a in views.values()][:count])[1] for count in (3, 4)}
+        self._lock = threading.Lock()  # a plan's argument block is filled in place
+        self._launcher, found = launcher, access(type(views["q"].owner))
+        if launcher is not None and found is not None:
+            examples = [a.owner for a in views.values()]
+            self._match, self._match_with_out = found.matcher(examples[:3]), found.matcher(examples)
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
         """As attention(q, k, v, ..., out=out) with the arguments given to prepare().
@@ -156,11 +185,10 @@ class Prepared:
         Raises ValueError for q, k or v that differ from those prepared in shape, strides, dtype, framework or device, for an out that
         is not a contiguous (B, Sq, Hq, Dv) beside them, and for an address that is not a multiple of 16 bytes. Nothing was launched then.
         """
-        kind, launcher = self._kind, self._launcher
-        given = (q, k, v) if out is None else (q, k, v, out)
-        if launcher is not None and type(q) is kind and type(k) is kind and type(v) is kind and (out is None or type(out) is kind):
-            addresses, geometry = self._read(given)
-            if geometry == self._geometries[len(given)]:
+        launcher = self._launcher
+        if launcher is not None:
+            addresses = self._match((q, k, v)) if out is None else self._match_with_out((q, k, v, out))
+            if addresses is not None:
                 with self._lock:
                     result = launcher(q, addresses, out)
                 if result is not None:

@@ -11,9 +11,9 @@ SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
 SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
-SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at least: about the SMs of an H100, so that one sequence fills it
+SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
-FEW_KEYS = 128  # a tile has a split at least for each so many; FEW_KEYS of the kernel
+FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
 def slabs(dim: int) -> int:
@@ -48,6 +48,25 @@ class Tile:
     def consumer_warpgroups(self) -> int:
         return 1 if self.transposed else self.tile_m // 64
 
+    def most_splits(self, tiles: int) -> int:
+        """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
+        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits, 1), MAX_SPLITS)
+
+    @property
+    def fewest_splits(self) -> int:
+        """A tile has a split at least for each so many keys, where rows with few keys keep P in two parts only in the last block of a split."""
+        return 1 if self.transposed else max(1, FEW_KEYS // self.tile_n)
+
+    @property
+    def least_blocks(self) -> int:
+        """Blocks of a split at least, if four splits have so many: the combination takes time too."""
+        return 4 if self.transposed else 1
+
+    @property
+    def shares(self) -> int:
+        """Where keys are split: shares of the work for each CTA, a large one of its own and then smaller ones, dealt to whoever is done."""
+        return 4 if self.transposed and self.tile_m <= 16 else 1  # with more rows, what waits for the combination takes too much memory
+
     @property
     def threads(self) -> int:
         return 128 * (1 + self.consumer_warpgroups)
@@ -57,7 +76,9 @@ class Tile:
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-        carried = 4 * self.tile_m * spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far, in float32
+        carried = (
+            4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0
+        )  # the output of the splits so far, or factors
         if self.transposed:
             carried = (
                 4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)
@@ -73,8 +94,14 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
     (
         64,
         64,
-        _ALL,
+        ("full", "window"),
         Tile(192, 128, 2, 2, (32, 160), False, "few MMAs a key: three warpgroups share each K/V load and hide each other's exp2"),
+    ),
+    (
+        64,
+        64,
+        ("causal",),
+        Tile(192, 128, 2, 4, (32, 160), False, "as full; warpgroups that the diagonal lets run ahead find more blocks loaded"),
     ),
     (
         128,
@@ -157,8 +184,7 @@ def cache_spec(
 
 def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
     """Where keys are split: how many of the `blocks` of keys of a sequence each split of its `tiles` has, as Places::split says."""
-    splits = min(max(SPLITS_OF_A_SEQUENCE // tiles, FEW_KEYS // tile.tile_n, 1), MAX_SPLITS)
-    return max(1, -(-blocks // splits))
+    return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, blocks // 4)))
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:

@@ -50,9 +50,9 @@ constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_S
 #include "scheduler.cuh"
 """
 FUNCTIONS = """
-extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest) {
+extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int least_blocks) {
     Places places{m_blocks, heads};
-    places.split(begin, end, fewest);
+    places.split(begin, end, fewest, least_blocks);
     return places;
 }
 
@@ -96,11 +96,12 @@ class Mask(ctypes.Structure):
 class KeyBlocks(ctypes.Structure):
     """struct KeyBlocks of mask.cuh"""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "full_begin", "full_end")]
+    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "full_begin", "full_end", "own_end")]
     begin: int
     end: int
     full_begin: int
     full_end: int
+    own_end: int
 
 
 class Places(ctypes.Structure):
@@ -125,10 +126,10 @@ class DeviceCode:
         self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
 
-    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int) -> Places:
+    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int, least_blocks: int) -> Places:
         function = self.compiled["split"]
         function.restype = Places
-        return function(m_blocks, heads, begin, end, fewest)
+        return function(m_blocks, heads, begin, end, fewest, least_blocks)
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
@@ -243,8 +244,11 @@ def test_key_blocks_are_those_that_the_tile_sees(device_code: DeviceCode, spec: 
         own = seen[own_first - first_row :][:64]
         whole = np.flatnonzero(own.all(axis=(0, 2))).tolist()
         assert set(full) <= set(whole)
-        if len(own) == 64:  # none is masked without need
+        seen_keys = np.flatnonzero(own.any(axis=0).ravel())
+        assert (seen_keys < blocks.own_end).all()
+        if len(own) == 64:  # none is masked without need, or computed that nobody sees
             assert list(full) == whole
+            assert not seen_keys.size or blocks.own_end == seen_keys[-1] + 1
 
 
 def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
@@ -252,7 +256,7 @@ def test_every_spec_has_a_tile_that_fits_the_multiprocessor() -> None:
     for spec in itertools.starmap(KernelSpec, itertools.product(DTYPES, dims, dims, (1, 7), MASKS, (False, True))):
         tile = tile_for(spec)
         assert tile.tile_m % 64 == 0, spec  # a consumer warpgroup's rows
-        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec  # the K of P V's WGMMA, and the largest N of Q K^T's
+        assert tile.tile_n % 16 == 0 and tile.tile_n <= 256, spec  # the K of P V's WGMMA, two of Q K^T's smallest N, and its largest
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT, spec
         producer, consumer = tile.registers
         assert all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec  # what setmaxnreg takes
@@ -304,23 +308,26 @@ def test_the_kernel_takes_as_many_keys_for_few() -> None:
 
 
 @examples
-@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4))
+@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 4))
 def test_splits_are_equal_and_cover_the_keys(
-    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int
+    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, least_blocks: int
 ) -> None:
-    places = device_code.split(m_blocks, heads, begin, begin + total, fewest)
+    places = device_code.split(m_blocks, heads, begin, begin + total, fewest, least_blocks)
     total = max(0, total)
     assert places.first_block == begin and places.cost == places.blocks + 1
     assert 1 <= places.splits <= MAX_SPLITS
     # All have `blocks` blocks but the last, which has the rest; a tile that sees nothing has one split of nothing.
     sizes = [min(places.blocks, total - split * places.blocks) for split in range(places.splits)]
     assert sum(sizes) == total and (total == 0 or min(sizes) > 0)
-    assert places.splits >= min(fewest, total)
+    assert places.splits >= min(fewest, total // least_blocks)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
-    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(1, -(-total // max(wanted, fewest, 1)))
-    tile = next(tile for *_, tile in SPLIT_TABLE if FEW_KEYS // tile.tile_n == fewest) if fewest in (1, 2) else None
-    assert tile is None or places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
+    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
+        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4))
+    )
+    for _, _, tile in SPLIT_TABLE:
+        if (tile.fewest_splits, tile.least_blocks) == (fewest, least_blocks):
+            assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
     assert compiled["count"](places) == m_blocks * heads * places.splits * (places.blocks + 1)
@@ -329,7 +336,7 @@ def test_splits_are_equal_and_cover_the_keys(
 @examples
 @given(few, few, st.integers(0, 4000), st.data())
 def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, heads: int, total: int, data: st.DataObject) -> None:
-    places = device_code.split(m_blocks, heads, 0, total, 1)
+    places = device_code.split(m_blocks, heads, 0, total, 1, 1)
     place = data.draw(st.integers(-5, device_code.compiled["count"](places)), "place")
     item = device_code.compiled["at_or_after"](places, place)
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost
@@ -345,7 +352,7 @@ struct Number { int x; };
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
 
-static Number blockIdx, gridDim, threadIdx;
+static Number gridDim, threadIdx;
 static ucontext_t lanes[32], caller;
 
 // Every lane calls it with its value; returns those of all. Two sets in turn, for a lane writes the next before the last has read these.
@@ -382,7 +389,7 @@ uint32_t __ballot_sync(unsigned, bool value) {
 SHARES = """
 static const Arguments* arguments;
 static WorkTile slots[TILE_SLOTS], *written;
-static int room, found;
+static int number, room, found;
 
 // As produce() walks it.
 static void walk(int lane) {
@@ -393,7 +400,7 @@ static void walk(int lane) {
         list = {};
         parts[warp] = list.count_part(*arguments, warp);
     }
-    int place = list.begin(*arguments, parts);
+    int place = list.enter(*arguments, parts, number);
     for (int slot = 0;; slot = (slot + 1) % TILE_SLOTS) {
         place = list.find(*arguments, place, slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], slots[slot]);
         __syncwarp();
@@ -407,14 +414,14 @@ static void walk(int lane) {
 
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
-// The splits that CTA `cta` of `ctas` takes, in its order; returns how many there are.
-extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
+// The splits in the share of that number, in the order in which a CTA takes them; returns how many there are.
+extern "C" int share(int share, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
                      int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
     args.batch = batch, args.heads = heads, args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k;
     args.left = left, args.right = right, args.bottom_right = 1;
-    arguments = &args, blockIdx.x = cta, gridDim.x = ctas;
+    arguments = &args, number = share, gridDim.x = ctas;
     written = tiles, room = size, found = 0;
     for (int lane = 0; lane < 32; ++lane) {
         getcontext(&lanes[lane]);
@@ -453,14 +460,18 @@ def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, cty
     return libraries
 
 
-def shares(library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window) -> list[list[Split]]:
-    """The splits that each CTA takes, in its order."""
+def shares(
+    spec: KernelSpec, library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window
+) -> list[list[Split]]:
+    """The splits in each share: those of the CTAs, then those that are dealt."""
     ends = [np.cumsum([0, *lengths], dtype=np.intc) for lengths in (q_lengths, k_lengths)]
     buffer = np.empty((4096, len(WORK_TILE)), np.intc)
     pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*ends, buffer)]
     result = []
-    for cta in range(ctas):
-        found = library["share"](cta, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2])
+    for number in range(tile_for(spec).shares * ctas):
+        found = library["share"](
+            number, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2]
+        )
         assert found <= len(buffer)
         result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
     return result
@@ -494,7 +505,7 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
     q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
     ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
-    taken = shares(tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
+    taken = shares(spec, tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
 
     tiles = by_tile(taken)
     tile_rows, tile_n = tile_for(spec).tile_m // spec.pack * spec.pack, tile_for(spec).tile_n
@@ -546,6 +557,6 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
         tiles = by_tile(taken).items()
         return {key[1:]: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles if key[0] == which}
 
-    with_others = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
-    alone = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
+    with_others = shares(spec, tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
+    alone = shares(spec, tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
     assert bounds(with_others, b) == bounds(alone, 0)

@@ -8,7 +8,12 @@
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column
 // 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
 constexpr int ROWS_OF_THREAD = 2;
-constexpr int SPLITS_IN_FLIGHT = 4;
+constexpr int RESULTS_IN_FLIGHT = 4;  // to where they are combined, as registers allow
+
+// Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it (in ping-pong they may
+// not, since turns are counted). Where half a block has as many keys as a warpgroup has rows, it hides half of the next one from every other warpgroup.
+constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && !PING_PONG && TILE_M > TILE_N;
+constexpr bool HALVES_BLOCKS = PASSES_HIDDEN_BLOCKS && TILE_N == 2 * WARPGROUP_ROWS;
 
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
@@ -20,13 +25,14 @@ __device__ __forceinline__ int tile_row(int r) {
 
 struct Softmax : RowStates<ROWS_OF_THREAD> {
     // Takes a block's scores into the maximum. What was accumulated before must be multiplied by `rescale`, which is exactly 1 if it did not move.
-    __device__ __forceinline__ void raise_max(const float (&scores)[TILE_N / 2], float scale_log2, float (&rescale)[2]) {
+    template <int N>
+    __device__ __forceinline__ void raise_max(const float (&scores)[N], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // Two chains a row: a single one would wait for its own latency.
             float even = scores[2 * r], odd = scores[2 * r + 1];
 #pragma unroll
-            for (int i = 4 + 2 * r; i < TILE_N / 2; i += 4) {
+            for (int i = 4 + 2 * r; i < N; i += 4) {
                 even = fmaxf(even, scores[i]);
                 odd = fmaxf(odd, scores[i + 1]);
             }
@@ -41,13 +47,14 @@ struct Softmax : RowStates<ROWS_OF_THREAD> {
     }
 
     // Turns the block's raw scores into exp(scale * (score - max)).
-    __device__ __forceinline__ void exponentiate(float (&scores)[TILE_N / 2], float scale_log2) {
+    template <int N>
+    __device__ __forceinline__ void exponentiate(float (&scores)[N], float scale_log2) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float offset = exponent_offset(max[r], scale_log2);
             float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
-            for (int i = 2 * r; i < TILE_N / 2; i += 4) {
+            for (int i = 2 * r; i < N; i += 4) {
                 scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
                 scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
                 sum_even += scores[i];
@@ -68,18 +75,20 @@ struct Softmax : RowStates<ROWS_OF_THREAD> {
 };
 
 // Hides the keys that a row does not see. `first_column` is the key position of the thread's column 0.
-__device__ __forceinline__ void mask_scores(float (&scores)[TILE_N / 2], const Mask& mask, int row, int first_column) {
+template <int N>
+__device__ __forceinline__ void mask_scores(float (&scores)[N], const Mask& mask, int row, int first_column) {
     const int begin[2] = {mask.begin(row) - first_column, mask.begin(row + 8) - first_column};
     const int end[2] = {mask.end(row) - first_column, mask.end(row + 8) - first_column};
 #pragma unroll
-    for (int i = 0; i < TILE_N / 2; ++i) {
+    for (int i = 0; i < N; ++i) {
         const int column = fragment_column(i), r = fragment_row(i);
         if (column >= end[r] || (BOUND_LEFT && column < begin[r])) scores[i] = NEGATIVE_INFINITY;
     }
 }
 
-// scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys
-__device__ __forceinline__ void issue_scores(float (&scores)[TILE_N / 2], uint32_t q_smem, uint32_t k_smem) {
+// scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys, or the first 2 N keys of one
+template <int N>
+__device__ __forceinline__ void issue_scores(float (&scores)[N], uint32_t q_smem, uint32_t k_smem) {
     const MatrixDescriptor<Q_SLAB> q(q_smem);
     const MatrixDescriptor<KV_SLAB> k(k_smem);
     pin(scores);
@@ -188,13 +197,15 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
     RowStates<ROWS_OF_THREAD> carried_states;
-    const auto start_scores = [&](float (&scores)[TILE_N / 2]) {
-        mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
+    const auto await_k = [&] { mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase()); };
+    const auto await_v = [&] { mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase()); };
+    const auto start_scores = [&](auto& scores) {
+        await_k();
         if (PING_PONG) named_barrier_sync(my_turn, 256);
         issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES, buffers.k + k_ring.stage() * K_BYTES);
     };
     const auto start_output = [&](float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4]) {
-        mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+        await_v();
         issue_output(output, probs, buffers.v + v_ring.stage() * V_BYTES);
     };
     const auto pass_turn = [&] {
@@ -235,7 +246,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
             if (is_last_of_q) release_q();
         } else {
-            const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
+            const auto hide_masked = [&](auto& scores) { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
             const auto pack_probs = [&] {
 #pragma unroll
                 for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
@@ -246,15 +257,37 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pin(probs);
             };
 
-            start_scores(scores);
-            pass_turn();
-            wgmma_wait<0>();
-            pin(scores);
-            release_k();
-            if (block == blocks.begin && is_last_of_q) release_q();
-            if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
-            softmax.raise_max(scores, args.scale_log2, rescale);
-            softmax.exponentiate(scores, args.scale_log2);
+            // Hidden keys add exact zeros, so leaving them out changes no bit. A buffer is released only once it is full: before, a warp's second
+            // release in one lap would stand in for a warp that still reads.
+            const bool passes = PASSES_HIDDEN_BLOCKS && block > blocks.begin && blocks.own_end <= block * TILE_N;
+            if (passes) {
+                await_k();
+                release_k();
+                --block;
+            }
+            const auto first_step = [&](auto& scores) {
+                start_scores(scores);
+                pass_turn();
+                if (passes) {
+                    await_v();
+                    release_v();
+                }
+                wgmma_wait<0>();
+                pin(scores);
+                release_k();
+                if (block == blocks.begin && is_last_of_q) release_q();
+                if (block >= blocks.full_end || block < blocks.full_begin) hide_masked(scores);
+                softmax.raise_max(scores, args.scale_log2, rescale);
+                softmax.exponentiate(scores, args.scale_log2);
+            };
+            if (HALVES_BLOCKS && blocks.own_end <= block * TILE_N + TILE_N / 2) {
+                float half[TILE_N / 4];
+                first_step(half);
+#pragma unroll
+                for (int i = 0; i < TILE_N / 2; ++i) scores[i] = i < TILE_N / 4 ? half[i] : 0.0f;
+            } else {
+                first_step(scores);
+            }
             pack_probs();
 
             const auto step = [&](auto masked) {
@@ -265,7 +298,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 wgmma_wait<1>();
                 pin(scores);
                 release_k();
-                if constexpr (decltype(masked)::value) hide_masked();
+                if constexpr (decltype(masked)::value) hide_masked(scores);
                 softmax.raise_max(scores, args.scale_log2, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();

@@ -14,6 +14,7 @@ struct Mask {
 struct KeyBlocks {
     int begin, end;            // blocks that hold a key that some row of the tile sees; none if end <= begin
     int full_begin, full_end;  // of these, blocks that every row of the warpgroup sees whole
+    int own_end;               // a key, not a block: from it on no row of the warpgroup sees any
 };
 
 // Blocks of TILE_N keys for the rows [first_row, last_row] of a tile, of which the caller's warpgroup has [own_first, own_last].
@@ -24,5 +25,6 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Mask& mask, int first_row,
     blocks.end = end > begin ? (end + TILE_N - 1) / TILE_N : blocks.begin;
     blocks.full_begin = (mask.begin(own_last) + TILE_N - 1) / TILE_N;
     blocks.full_end = mask.end(own_first) / TILE_N;
+    blocks.own_end = mask.end(own_last);
     return blocks;
 }

@@ -12,16 +12,16 @@ struct Arguments {
     TensorMap v;              // likewise of Dv columns
     char* out;                // [B, Sq, Hq, Dv] or [Tq, Hq, Dv], 16-bit elements
     float* lse;               // [B, Hq, Sq] or [Hq, Tq], or null
-    int* next_tile;           // [1], zero before and after a launch: tiles that CTAs have asked for beyond their first
+    int* next_tile;           // [1], zero before and after a launch: tiles, or shares of them, that CTAs have asked for beyond their first
     const int* cu_seqlens_q;  // [B + 1], or null where all have seqlen_q rows
     const int* cu_seqlens_k;  // [B + 1], or null
     const int* cache_seqlens;    // [B], or null
     const int* cache_batch_idx;  // [B], the row of the cache that a sequence has; or null
     const int* cache_leftpad;    // [B], keys at the start of that row that nobody sees; or null
     const int* page_table;       // [B, max_pages]
-    int* arrivals;               // [slots, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
-    float* partial_out;          // [slots, MAX_SPLITS, partial_rows, Dv]: of splits, not yet divided by the sum
-    float2* partial_state;       // [slots, MAX_SPLITS, partial_rows, 4]: their maximum and sum
+    int* arrivals;               // [SHARES * gridDim.x, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
+    float* partial_out;          // [SHARES * gridDim.x, most_splits, partial_rows, Dv]: of splits, not yet divided by the sum
+    float2* partial_state;       // [SHARES * gridDim.x, most_splits, partial_rows, 4]: their maximum and sum
     long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
     long long lse_batch_stride;                                   // elements
     long long page_table_stride;                                  // elements
@@ -32,7 +32,7 @@ struct Arguments {
     int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
     int heads_per_group;                                          // heads whose K and V share L2
     int page_size;
-    int partial_rows;
+    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits
     float scale_log2;                                             // softmax scale * log2(e)
 };
 
@@ -41,6 +41,7 @@ constexpr int SLABS_QK = (HEAD_DIM + 63) / 64, SLABS_V = (HEAD_DIM_V + 63) / 64;
 constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
+constexpr int DEALT_FROM = 32;  // places of a CTA from which on it is worth while to deal some of them
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
@@ -71,8 +72,8 @@ struct WorkTile {
     int first_block, end_block;  // SPLIT: the blocks of keys of this split; then
     int split, splits;           // its number, and how many the tile has
     int run_begin, run_end;      // those of them that are in this CTA's share
-    int first_splits;            // those in the share of the CTA that has the first one
-    int slot;                    // that CTA, in whose part of the workspace they meet
+    int first_splits;            // those in the share that has the first one
+    int slot;                    // that share, in whose part of the workspace they meet
 };
 
 struct Sequence {
@@ -103,14 +104,16 @@ __device__ __forceinline__ Mask sequence_mask(const Arguments& args, int q_lengt
 }
 
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
-// of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other.
+// of all splits before. Then it is cut into shares, and a CTA takes the splits that start in its share, so that it meets those of one tile one after
+// the other: first the share of its number, and then, as not all SMs get the same from memory, ever smaller ones that are dealt to whoever asks.
 struct TileList {
     int first_batch = -1, next_batch = 0;  // lengths on the device: the 32 sequences that the warp has looked at, one a lane, and those that it wants
     int before = 0;                        // the places of all earlier ones
     Sequence seq;                          // the lane's
     Places own;
     int through;                           // the places of all lanes up to it
-    int share_start, share_end, share;  // SPLIT
+    int share_lengths[SHARES];          // SPLIT: the places of each of the first gridDim.x shares, of as many after them, and so on
+    int share, share_start, share_end;  // the one in hand
     int remaining = 0;                  // splits of the last tile found that the share still has
 
     // SPLIT: every warp of the CTA reads a part of the lengths, warp after warp. Returns the places of that part.
@@ -121,19 +124,46 @@ struct TileList {
         return total;
     }
 
-    // Returns where the CTA's part of the list starts. SPLIT: given the places of each warp's part; warp 0, which has looked at the first one, calls it.
-    __device__ __forceinline__ int begin(const Arguments& args, const int* parts) {
-        if constexpr (!SPLIT) return blockIdx.x;
+    // SPLIT: goes to the share of that number, given the places of each warp's part; warp 0, which has looked at the first one, calls it. Returns
+    // where the share starts.
+    __device__ __forceinline__ int enter(const Arguments& args, const int* parts, int number) {
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
-        share = divide_up(total, gridDim.x);
-        share_start = min(total, int(blockIdx.x) * share);
-        share_end = min(total, share_start + share);
+        const int length = divide_up(total, gridDim.x);
+        share_lengths[0] = length;
+#pragma unroll
+        for (int round = 1; round < SHARES; ++round) {
+            share_lengths[round] = length < DEALT_FROM ? 0 : max(DEALT_FROM / 8, length >> (2 + round));
+            share_lengths[0] -= share_lengths[round];
+        }
+        share = number;
+        share_start = min(total, begin_of_share(number));
+        share_end = min(total, begin_of_share(number + 1));
+        remaining = 0;
         const uint32_t beyond = __ballot_sync(~0u, up_to > share_start);
         const int first_part = beyond != 0 ? __ffs(beyond) - 1 : 0;
         before = __shfl_sync(~0u, up_to - part, first_part);
         next_batch = first_part * part_length(args);
         return share_start;
     }
+
+    __device__ __forceinline__ int begin_of_share(int number) const {
+        int begin = 0;
+#pragma unroll
+        for (int round = 0; round < SHARES; ++round) begin += min(max(number - round * int(gridDim.x), 0), int(gridDim.x)) * share_lengths[round];
+        return begin;
+    }
+
+    __device__ __forceinline__ int share_of(int place) const {
+#pragma unroll
+        for (int round = 0; round < SHARES - 1; ++round) {
+            const int places = gridDim.x * share_lengths[round];
+            if (place < places) return round * gridDim.x + divide(place, share_lengths[round]);
+            place -= places;
+        }
+        return (SHARES - 1) * gridDim.x + divide(place, share_lengths[SHARES - 1]);
+    }
+
+    __device__ __forceinline__ bool are_dealt() const { return SHARES > 1 && share_lengths[SHARES - 1] > 0; }
 
     static __device__ __forceinline__ int part_length(const Arguments& args) { return (args.batch + 32 * CTA_WARPS - 1) / (32 * CTA_WARPS) * 32; }
 
@@ -212,7 +242,7 @@ struct TileList {
         if constexpr (SPLIT) {
             if (rows > 0) {
                 const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-                places.split(blocks.begin, blocks.end, FEW_KEYS / TILE_N);
+                places.split(blocks.begin, blocks.end, FEWEST_SPLITS, LEAST_BLOCKS);
             }
         }
         return places;
@@ -248,11 +278,11 @@ struct TileList {
             tile.run_begin = own.at_or_after(share_start - tile_start);
             tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
             remaining = tile.run_end - tile.split - 1;
-            tile.slot = blockIdx.x;
+            tile.slot = share;
             tile.first_splits = tile.run_end;
             if (tile.run_begin > 0) {
-                tile.slot = divide(tile_start, share);
-                tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
+                tile.slot = share_of(tile_start);
+                tile.first_splits = own.at_or_after(begin_of_share(tile.slot + 1) - tile_start);
             }
         }
     }
@@ -294,7 +324,7 @@ struct Partial {
 };
 
 __device__ __forceinline__ Partial partial(const Arguments& args, const WorkTile& tile, int split, int tile_row) {
-    const long long row = (long long)(tile.slot * MAX_SPLITS + split) * args.partial_rows + tile_row;
+    const long long row = ((long long)tile.slot * args.most_splits + split) * args.partial_rows + tile_row;
     return {args.partial_out + row * HEAD_DIM_V, args.partial_state + 4 * row};
 }
 
@@ -363,14 +393,13 @@ struct Buffers {
 
 // Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
 // K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
-// Splits are not dealt: a CTA has those of its share.
-__device__ __forceinline__ void produce(const Arguments& args, TileList& list, int place, const Buffers& buffers) {
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
-    int asked = 0;
+    int asked = 0, place = SPLIT ? list.enter(args, buffers.parts, blockIdx.x) : blockIdx.x;
     const auto ask = [&] {
-        if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
+        if (threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
     };
     while (true) {
         const uint32_t slot = slot_ring.stage();
@@ -379,12 +408,24 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
         __syncwarp();
         const WorkTile& tile = buffers.tile_slots[slot];
         if (VARLEN && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
-        if (tile.first_row < 0) break;
+        if (tile.first_row < 0) {
+            if constexpr (SPLIT) {
+                if (list.are_dealt()) {
+                    ask();
+                    asked = __shfl_sync(~0u, asked, 0);
+                    if (asked < (SHARES - 1) * gridDim.x) {
+                        place = list.enter(args, buffers.parts, gridDim.x + asked);
+                        continue;
+                    }
+                }
+            }
+            break;
+        }
         KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
         blocks.end = max(blocks.end, blocks.begin);
         if (blocks.end == blocks.begin && (!SPLIT || tile.splits == 1)) {
             store_empty(args, tile);
-            ask();
+            if constexpr (!SPLIT) ask();
             __syncwarp();  // and into the same slot
         } else {
             ++slot_ring.count;
@@ -416,7 +457,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
                 for (int block = blocks.end - 1; block >= blocks.begin - 1; --block) {
                     if (block >= blocks.begin) load_k(block);
                     if (block == blocks.end - 1) load_q();
-                    if (block < blocks.begin) ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
+                    if (!SPLIT && block < blocks.begin) ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
                     if (block < blocks.end - 1) load_v(block + 1);
                 }
             }
@@ -424,8 +465,9 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, i
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
     }
     mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot_ring.stage());
-    // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
-    if (!SPLIT && threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+    // As many ask as there are tiles, or shares: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
+    const bool asked_last = SPLIT ? list.are_dealt() && asked == SHARES * gridDim.x - 1 : place - int(gridDim.x) == list.before - 1;
+    if (threadIdx.x == 0 && asked_last) *args.next_tile = 0;
 }
 
 __device__ __forceinline__ void make_barriers(uint32_t barriers) {
@@ -465,7 +507,7 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
     __syncthreads();
     if (warp < 4) {
         if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
-        if (warp == 0) produce(args, list, list.begin(args, buffers.parts), buffers);
+        if (warp == 0) produce(args, list, buffers);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
         consume(warp / 4 - 1);

@@ -43,5 +43,8 @@ struct Fold {
         second_factor = rescale_factor(second_max, max, scale_log2);
         sum = of(first_sum, second_sum);
     }
-    __device__ __forceinline__ float of(float first, float second) const { return __fmaf_rn(first, first_factor, __fmul_rn(second, second_factor)); }
+    __device__ __forceinline__ float of(float first, float second) const { return of(first, first_factor, second, second_factor); }
+    static __device__ __forceinline__ float of(float first, float first_factor, float second, float second_factor) {
+        return __fmaf_rn(first, first_factor, __fmul_rn(second, second_factor));
+    }
 };

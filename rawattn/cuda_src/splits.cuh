@@ -1,44 +1,80 @@
 // Splits of a tile's keys are taken together. The file that includes this says how its accumulators lie: ROWS_OF_THREAD, tile_row(r) of each of
-// these rows, output_row(i) of them that register i of the output belongs to, store_partial(), and SPLITS_IN_FLIGHT.
+// these rows, output_row(i) of them that register i of the output belongs to, store_partial(), and RESULTS_IN_FLIGHT.
 #pragma once
 
-// Takes the splits of a tile together, those of the first CTA, which are one result, and the others in their order, and writes the output.
-__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup) {
+// Shared memory of one warpgroup where splits are combined, that of what it carries, which it no longer needs then: for each row and result a pair.
+__device__ __forceinline__ float2& factors(float* carried, int row, int result) {
+    const int place = 2 * (row * MAX_SPLITS + result);
+    return *reinterpret_cast<float2*>(carried + place / 128 * CONSUMER_THREADS + place % 128);
+}
+
+// By what the results that lie in the workspace, and their sum before, are multiplied: one warp has a row, and a lane a result. As join_splits folds
+// them, only that the running maximum, which is all that one factor has of the others, comes from a scan. The first pair holds 1 / sum.
+__device__ __forceinline__ void weigh_results(const Arguments& args, const WorkTile& tile, int warpgroup, int rows, int first_split, int results, float* carried) {
+    static_assert(MAX_SPLITS == 32, "one for each lane");
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x % 128 / 32; row < rows; row += 4) {
+        const int tile_row = WARPGROUP_ROWS * warpgroup + row;
+        float2 state = make_float2(NEGATIVE_INFINITY, 0.0f);
+        if (lane < results) state = __ldcg(partial(args, tile, first_split + lane, tile_row).state);
+        float max = state.x;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const float below = __shfl_up_sync(~0u, max, distance);
+            if (lane >= distance) max = fmaxf(below, max);
+        }
+        const float before = __shfl_up_sync(~0u, max, 1);
+        const float2 factor = make_float2(rescale_factor(before, max, args.scale_log2), rescale_factor(state.x, max, args.scale_log2));
+        const float summand = __fmul_rn(state.y, factor.y);
+        float sum = __shfl_sync(~0u, state.y, 0);
+        for (int i = 1; i < results; ++i) sum = __fmaf_rn(sum, __shfl_sync(~0u, factor.x, i), __shfl_sync(~0u, summand, i));
+        float inverse, lse;
+        normalise(__shfl_sync(~0u, max, 31), sum, args.scale_log2, inverse, lse);
+        factors(carried, row, lane) = lane == 0 ? make_float2(inverse, 0.0f) : factor;
+        if (lane == 0) {
+            const Destination to = destination(args, tile, tile_row);
+            if (to.lse != nullptr) *to.lse = lse;
+        }
+    }
+}
+
+// Takes the results of a tile together, that of the share which has the first splits and those of the others in their order, and writes the output.
+__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup, int barrier, float* carried) {
     constexpr int COLUMNS = 4;  // of one thread's task
-    constexpr int BATCH = SPLITS_IN_FLIGHT;
-    for (int task = threadIdx.x % 128; task < WARPGROUP_ROWS * (HEAD_DIM_V / COLUMNS); task += 128) {
-        const int row = WARPGROUP_ROWS * warpgroup + task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
-        const Destination to = destination(args, tile, row);
-        if (to.out == nullptr) break;
-        const int first_split = tile.first_splits - 1;  // has those before it in it
-        float output[COLUMNS] = {}, max = NEGATIVE_INFINITY, sum = 0.0f;
-        for (int first = first_split; first < tile.splits; first += BATCH) {
-            float4 parts[BATCH];
-            float2 states[BATCH];
+    const int rows = min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - WARPGROUP_ROWS * warpgroup);
+    const int first_split = tile.first_splits - 1, results = tile.splits - first_split, tasks = rows * (HEAD_DIM_V / COLUMNS);
+    float4 parts[RESULTS_IN_FLIGHT];
+    const auto load = [&](int task, int first) {
+        const int row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
+        const float* from = partial(args, tile, first_split + first, WARPGROUP_ROWS * warpgroup + row).out + column;
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                if (first + i >= tile.splits) break;
-                const Partial from = partial(args, tile, first + i, row);
-                states[i] = __ldcg(from.state);
-                parts[i] = __ldcg(reinterpret_cast<const float4*>(from.out + column));
-            }
+        for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
+            if (first + i < results) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + (long long)i * args.partial_rows * HEAD_DIM_V));
+        }
+    };
+    const int own = threadIdx.x % 128;
+    if (own < tasks) load(own, 0);  // on the way while the factors are found
+    weigh_results(args, tile, warpgroup, rows, first_split, results, carried);
+    named_barrier_sync(barrier, 128);
+    for (int task = own; task < tasks; task += 128) {
+        const int row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
+        float output[COLUMNS];
+        for (int first = 0; first < results; first += RESULTS_IN_FLIGHT) {
+            if (task > own || first > 0) load(task, first);
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                if (first + i >= tile.splits) break;
+            for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
+                if (first + i >= results) break;
+                const float2 factor = factors(carried, row, first + i);
                 const float part[COLUMNS] = {parts[i].x, parts[i].y, parts[i].z, parts[i].w};
-                const bool is_first = first + i == first_split;
-                const Fold fold(max, sum, states[i].x, states[i].y, args.scale_log2);
-                max = is_first ? states[i].x : fold.max;
-                sum = is_first ? states[i].y : fold.sum;
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) output[j] = is_first ? part[j] : fold.of(output[j], part[j]);
+                for (int j = 0; j < COLUMNS; ++j) output[j] = first + i == 0 ? part[j] : Fold::of(output[j], factor.x, part[j], factor.y);
             }
         }
-        float inverse, lse;
-        normalise(max, sum, args.scale_log2, inverse, lse);
-        store_global_8(to.out + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
-        if (to.lse != nullptr && column == 0) *to.lse = lse;
+        const float inverse = factors(carried, row, 0).x;
+        char* to = destination(args, tile, WARPGROUP_ROWS * warpgroup + row).out;
+        store_global_8(to + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
     }
+    named_barrier_sync(barrier, 128);  // what it carries next would overwrite the factors
 }
 
 // What becomes of a split's result: the CTA that has a tile's first splits carries them on from one to the next; every other result waits in the
@@ -47,7 +83,7 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
 template <int REGISTERS>
 __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTile& tile, int warpgroup, float (&output)[REGISTERS], RowStates<ROWS_OF_THREAD>& states,
                                             float* carried, RowStates<ROWS_OF_THREAD>& carried_states, int* is_last) {
-    carried += threadIdx.x - 128;
+    float* own_carried = carried + threadIdx.x - 128;
     const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row);  // that there are
     if (tile.run_begin == 0) {
         if (tile.split > 0) {
@@ -59,7 +95,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
                 states.sum[r] = fold.sum;
 #pragma unroll
                 for (int i = 0; i < REGISTERS; ++i) {
-                    if (output_row(i) == r) output[i] = fold.of(carried[i * CONSUMER_THREADS], output[i]);
+                    if (output_row(i) == r) output[i] = fold.of(own_carried[i * CONSUMER_THREADS], output[i]);
                 }
             }
         }
@@ -67,7 +103,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
         if (tile.split < tile.run_end - 1) {
 #pragma unroll
             for (int i = 0; i < REGISTERS; ++i) {
-                if (tile_row(output_row(i)) < rows) carried[i * CONSUMER_THREADS] = output[i];
+                if (tile_row(output_row(i)) < rows) own_carried[i * CONSUMER_THREADS] = output[i];
             }
             carried_states = states;
             return false;
@@ -85,6 +121,6 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
         gpu_fence();
     }
     named_barrier_sync(own_barrier, 128);
-    if (is_last[warpgroup]) combine(args, tile, warpgroup);
+    if (is_last[warpgroup]) combine(args, tile, warpgroup, own_barrier, carried + 128 * warpgroup);
     return false;
 }
