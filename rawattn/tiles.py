@@ -76,9 +76,7 @@ class Tile:
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-        carried = (
-            4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0
-        )  # the output of the splits so far, or factors
+        carried = 4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0  # the output of the splits so far, or factors
         if self.transposed:
             carried = (
                 4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)

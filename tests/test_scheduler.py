@@ -322,9 +322,7 @@ def test_splits_are_equal_and_cover_the_keys(
     assert places.splits >= min(fewest, total // least_blocks)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
-    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
-        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4))
-    )
+    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(-(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4)))
     for _, _, tile in SPLIT_TABLE:
         if (tile.fewest_splits, tile.least_blocks) == (fewest, least_blocks):
             assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
