@@ -282,7 +282,7 @@ def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, re
     views = _views(inputs)
     call = _checked_call(kind, views, options)
     result = call(views, return_lse)
-    if geometry and call.plan is not None:
+    if fast is not None and geometry and call.plan is not None:
         if len(_local.launchers) >= PLANS_KEPT:
             _local.launchers.clear()
         _local.launchers[key] = Launcher(fast, call, views, return_lse)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,10 @@ SHORT = 1024
 PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
 ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
-# CUtensorMap enums of cuda.h
+OVERLAP_DRIVER = 12030  # the first CUDA whose graphs keep that a kernel may start while the one before it runs
+
+# Enums of cuda.h
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 3, 0
 
@@ -65,16 +68,20 @@ def _make_context_current() -> None:
 class _BoundKernel:
     """A kernel with all that a launch needs but the stream. Its argument is a struct in host memory, taken as it is at the launch.
 
-    CuPy's own call of a kernel ends in the same function of the driver, after it has looked at each argument anew.
+    CuPy's own call of a kernel ends in the same function of the driver, after it has looked at each argument anew. One that `overlaps` may
+    start while the kernel before it on the stream runs: it waits itself before it reads what that one writes.
     """
 
-    def __init__(self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray):
-        from cupy.cuda import driver
+    def __init__(self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray, overlaps: bool = False):
+        from cupy.cuda import driver, runtime
 
         self._kept = kernel, argument
         self._parameters = (ctypes.c_void_p * 1)(argument.ctypes.data)
         self._address = ctypes.addressof(self._parameters)
-        self._launch = functools.partial(driver.launchKernel, kernel.ptr, grid, 1, 1, threads, 1, 1, shared_memory)
+        if overlaps and runtime.driverGetVersion() >= OVERLAP_DRIVER:
+            self._launch = _overlapping_launch(kernel.ptr, grid, threads, shared_memory)
+        else:
+            self._launch = functools.partial(driver.launchKernel, kernel.ptr, grid, 1, 1, threads, 1, 1, shared_memory)
         self._error = driver.CUDADriverError
 
     def launch(self, stream: int) -> None:
@@ -85,6 +92,33 @@ class _BoundKernel:
                 raise
             _make_context_current()
             self._launch(stream, self._address, 0)
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [  # CUlaunchConfig of cuda.h
+        ("sizes", ctypes.c_uint32 * 7),  # grid, block, bytes of shared memory
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(ctypes.c_uint32 * 18)),  # CUlaunchAttribute: its id, 4 bytes of padding, a value of 64 bytes
+        ("attribute_count", ctypes.c_uint32),
+    ]
+
+
+def _overlapping_launch(function: int, grid: int, threads: int, shared_memory: int) -> Callable[[int, int, int], None]:
+    """driver.launchKernel with these, as a programmatic dependent launch, which CuPy has no function for."""
+    from cupy.cuda import driver
+
+    launch = _driver("cuLaunchKernelEx")
+    attribute = (ctypes.c_uint32 * 18)(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    config = _LaunchConfig((grid, 1, 1, threads, 1, 1, shared_memory), None, ctypes.pointer(attribute), 1)
+    at, kernel = ctypes.byref(config), ctypes.c_void_p(function)
+
+    def start(stream: int, parameters: int, extra: int) -> None:
+        config.stream = stream
+        status = launch(at, kernel, ctypes.c_void_p(parameters), ctypes.c_void_p(extra))
+        if status != 0:
+            raise driver.CUDADriverError(status)
+
+    return start
 
 
 @functools.cache
@@ -277,12 +311,13 @@ class Plan:
 
     q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
     Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
+    It `overlaps` the append_kv that is launched right before it.
     """
 
     def __init__(
         self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
         batch: int, left: int, right: int, bottom_right: bool, scale: float,
-        capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0,
+        capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0, overlaps: bool = False,
     ):  # fmt: skip
         import cupy
 
@@ -320,7 +355,7 @@ class Plan:
         if places >= PLACES_LIMIT or (spec.split_rows and m_blocks * (heads // spec.pack) * MAX_SPLITS >= SPLITS_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
         ctas = grid(spec, batch, tiles, multiprocessors)
-        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block)
+        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         heads_per_group = 1
@@ -341,13 +376,14 @@ class Plan:
 
         self._reads_lengths = spec.varlen
         self._workspaces: _Workspaces | None = None
+        self.workspace_bytes = 0
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
             fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
             states = ctas * most_splits * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
-            self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
+            self.workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
 
     def launch(
@@ -366,7 +402,7 @@ class Plan:
         if self._workspaces is None:
             pointers[2] = self._counters.address(stream)
         else:
-            arrivals = self._workspaces.address(stream, self._workspace_bytes)
+            arrivals = self._workspaces.address(stream, self.workspace_bytes)
             pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
         if self._reads_lengths:
             pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]
@@ -389,6 +425,7 @@ APPEND_ARGUMENTS = np.dtype(
     ]
 )
 APPEND_THREADS = 128
+_appending = threading.Lock()  # the two kernels of a call follow one another on their stream, whatever other threads do
 
 
 class CachePlan:
@@ -409,14 +446,13 @@ class CachePlan:
         page_size = k.shape[1] if page_table else 0
         spec = cache_spec(q.dtype, q.shape[-1], v.shape[-1], ratio, k.shape[-2], mask, rows_q, page_size)
         cos = views.get("rotary_cos")
-        self._rotated_q: Array | None = None
         if cos:  # the kernel reads the rotated copy
-            self._rotated_q = q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
+            q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
         self._names = tuple(views)
         self._passed_on = [name for name in POINTERS if name in views]
         self._attention = Plan(
             spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale, capacity=capacity,
-            new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride,
+            new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride, overlaps=appends,
         )  # fmt: skip
         self._append: _BoundKernel | None = None
         if not appends:
@@ -441,15 +477,28 @@ class CachePlan:
         tokens = q.shape[-3] * (1 if ragged else batch)
         warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
         self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
+        self._workspaces: _Workspaces | None = None
+        if cos:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
+            import cupy
+
+            self._workspaces = _workspaces(cupy.cuda.Device().id)
+            self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
+            self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
 
     def launch(self, stream: int, out: int, lse: int, *addresses: int) -> None:
         at = dict(zip(self._names, addresses, strict=True))
-        q = at["q"]
-        if self._append is not None:
-            if self._rotated_q is not None:
-                rotated = arrays.empty(self._rotated_q, self._rotated_q.shape, self._rotated_q.dtype)
-                at["rotated_q"] = q = rotated.pointer
+        if self._append is None:
+            self._attend(stream, out, lse, at)
+            return
+        with _appending:
+            if self._workspaces is not None:
+                # Asked for before the attention asks for less, since one that grows moves.
+                at["rotated_q"] = self._workspaces.address(stream, self._workspace_bytes) + self._rotated_q_offset
             self._row_pointers[:] = [at.get(name, 0) for name in _APPEND_ROWS]
             self._append_pointers[:] = [at.get(name, 0) for name in _APPEND_POINTERS]
             self._append.launch(stream)
+            self._attend(stream, out, lse, at)
+
+    def _attend(self, stream: int, out: int, lse: int, at: dict[str, int]) -> None:
+        q = at.get("rotated_q", at["q"])
         self._attention.launch(stream, out, lse, q, at["k_cache"], at["v_cache"], **{name: at[name] for name in self._passed_on})

@@ -337,6 +337,44 @@ def test_a_graph_replays_with_new_lengths(framework: str, page_size: int | None)
             assert same_bits(fixed[name], after), name
 
 
+@pytest.mark.parametrize("stream", ["default", "own", "captured"])
+@pytest.mark.parametrize("rows, rotary, page_size", [(1, None, None), (1, 128, 16), (100, 128, None)])
+def test_each_of_many_steps_sees_what_it_appends_itself(rows: int, rotary: int | None, page_size: int | None, stream: str) -> None:
+    """Steps that overwrite one another's rows, nobody waiting between them: a row read too early would be that of the step before."""
+    lengths = [0, 300, 64, CAPACITY - rows]
+    call = make("128", lengths, rows, rotary=rotary, page_size=page_size)
+    count = 200 if rows == 1 else 20
+    new = {name: normal((count, *call[name].shape), call[name].dtype.name) for name in ("q", "k", "v")}
+    expected, outs = (cp.zeros_like(new["q"]) for _ in range(2))
+
+    def step(i: int, out: Any) -> None:
+        rawattn.attention_with_kvcache(**(call | {name: x[i] for name, x in new.items()}), out=out[i])
+
+    for i in range(count):
+        step(i, expected)
+        cp.cuda.Device().synchronize()
+    alone = new["v"][:, 0, 0].repeat(GEOMETRIES["128"][3], axis=1)  # the first query of a sequence that had no keys sees its own
+    assert same_bits(expected[:, 0, 0], alone)
+    assert_close(expected[-1], reference.attention_with_kvcache(**(call | {name: x[-1] for name, x in new.items()})), l2_factor=2.5)
+
+    own = cp.cuda.Stream.null if stream == "default" else cp.cuda.Stream(non_blocking=True)
+    with own:
+        for turn in range(2 if stream == "captured" else 1):  # the first compiles and allocates
+            if turn == 1:
+                own.begin_capture()
+            for i in range(count):
+                step(i, outs)
+        if stream == "captured":
+            graph = own.end_capture()
+            others = [cp.full(call["q"].shape, 7, np.uint16) for _ in range(8)]  # may get what a call gave back
+            outs[...] = 0
+            for _ in range(3):
+                graph.launch(own)
+            assert all(bool((x == 7).all()) for x in others)
+    own.synchronize()
+    assert same_bits(outs, expected)
+
+
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_captured_step_of_a_cache(page_size: int | None) -> None:
     torch = torch_on_gpu()

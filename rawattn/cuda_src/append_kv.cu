@@ -31,22 +31,21 @@ struct Arguments {
     int query_advances;  // query i is rotated as key i is (1), or all as key 0 (0)
 };
 
-struct alignas(16) Chunk {
-    uint32_t words[4];  // 8 columns
+// 2 * WORDS columns
+template <int WORDS>
+struct alignas(4 * WORDS) Chunk {
+    uint32_t words[WORDS];
 };
 
-__device__ Chunk load(const void* pointer) { return *static_cast<const Chunk*>(pointer); }
+template <int WORDS = 4>
+__device__ Chunk<WORDS> load(const void* pointer) {
+    return *static_cast<const Chunk<WORDS>*>(pointer);
+}
 
 // (x, y) turned by the angle of each column: x cos - y sin, y cos + x sin, in float32.
 __device__ void rotate(float x, float y, float cos, float sin, float& rotated_x, float& rotated_y) {
     rotated_x = x * cos - y * sin;
     rotated_y = y * cos + x * sin;
-}
-
-__device__ float to_float(uint16_t value) {
-    float low, high;
-    unpack2(value, low, high);
-    return low;
 }
 
 __device__ void copy_head(const char* from, char* to, int columns) {
@@ -60,24 +59,27 @@ __device__ void rotate_head(const Arguments& args, const char* from, char* to, i
     if (column >= args.rotary_dim) {
         if (column < args.head_dim) store_global_16(to + 2 * column, load(from + 2 * column).words);
     } else if (args.interleaved) {
-        Chunk chunk = load(from + 2 * column);
+        Chunk<4> chunk = load(from + 2 * column);
+        const Chunk<2> cos = load<2>(args.cos + row + column / 2), sin = load<2>(args.sin + row + column / 2);
         for (int i = 0; i < 4; ++i) {
-            float x, y;
+            float x, y, c[2], s[2];
             unpack2(chunk.words[i], x, y);
-            rotate(x, y, to_float(args.cos[row + column / 2 + i]), to_float(args.sin[row + column / 2 + i]), x, y);
+            unpack2(cos.words[i / 2], c[0], c[1]);
+            unpack2(sin.words[i / 2], s[0], s[1]);
+            rotate(x, y, c[i % 2], s[i % 2], x, y);
             chunk.words[i] = pack2(x, y);
         }
         store_global_16(to + 2 * column, chunk.words);
     } else if (column < half) {
-        Chunk first = load(from + 2 * column), second = load(from + 2 * (column + half));
+        Chunk<4> first = load(from + 2 * column), second = load(from + 2 * (column + half));
+        const Chunk<4> cos = load(args.cos + row + column), sin = load(args.sin + row + column);
         for (int i = 0; i < 4; ++i) {
-            float x[2], y[2];
+            float x[2], y[2], c[2], s[2];
             unpack2(first.words[i], x[0], x[1]);
             unpack2(second.words[i], y[0], y[1]);
-            for (int j = 0; j < 2; ++j) {
-                const long long angle = row + column + 2 * i + j;
-                rotate(x[j], y[j], to_float(args.cos[angle]), to_float(args.sin[angle]), x[j], y[j]);
-            }
+            unpack2(cos.words[i], c[0], c[1]);
+            unpack2(sin.words[i], s[0], s[1]);
+            for (int j = 0; j < 2; ++j) rotate(x[j], y[j], c[j], s[j], x[j], y[j]);
             first.words[i] = pack2(x[0], x[1]);
             second.words[i] = pack2(y[0], y[1]);
         }
@@ -104,6 +106,7 @@ __device__ int sequence_of(const Arguments& args, int row) {
 }
 
 extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
+    let_next_kernel_start();  // the attention gets ready meanwhile, and waits before it loads what is written here
     const int heads = 2 * args.kv_heads + (args.rotated_q.data != nullptr ? args.q_heads : 0);
     const long long task = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
     const long long token = task / heads;

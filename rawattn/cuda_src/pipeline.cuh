@@ -378,6 +378,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
         const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
         const WorkTile& tile = buffers.tile_slots[slot];
+        if (VARLEN && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
         if (tile.first_row < 0) break;
         KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
         blocks.end = max(blocks.end, blocks.begin);

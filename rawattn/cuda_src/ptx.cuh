@@ -117,6 +117,18 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 // (fence, 9.7.13.4); cheaper than __threadfence(), which is sequentially consistent.
 __device__ __forceinline__ void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// ---- programmatic dependent launch (griddepcontrol, 9.7.13.13) ----
+
+// Lets the next kernel of the stream start, if it was launched so that it may, once all CTAs of this one have called this or ended.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernel before, during which this one was allowed to start, has ended and all that it wrote can be seen, by TMA too (fence.proxy).
+// Returns at once in a kernel that was launched as usual.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // ---- registers, barriers between warpgroups ----
 
 // setmaxnreg (9.7.20.5)
