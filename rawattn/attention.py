@@ -276,7 +276,7 @@ def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, re
         key = (kind, options, return_lse, *inputs, *geometry)
         launcher = _local.launchers.get(key)
         if launcher is not None:
-            result = launcher(q, addresses, inputs.get("out"))
+            result = launcher.launch(q, addresses, inputs.get("out"))
             if result is not None:
                 return result
     views = _views(inputs)

@@ -167,9 +167,9 @@ class _TensorMap:
         return status
 
 
-def _stream_key(stream: int) -> tuple[int, int]:
+def _stream_key(stream: int) -> Any:
     """Tells streams apart whose launches do not follow one another: cudaStreamPerThread is one handle, and a stream for each thread."""
-    return (stream, threading.get_ident() if stream == 2 else 0)
+    return (stream, threading.get_ident()) if stream == 2 else stream
 
 
 class _TileCounters:
@@ -190,7 +190,7 @@ class _TileCounters:
         cupy.cuda.runtime.memset(self._memory.ptr, 0, size)
         cupy.cuda.runtime.streamSynchronize(0)
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
-        self._of_stream: dict[tuple[int, int], int] = {}
+        self._of_stream: dict[Any, int] = {}
         self._unused, self._uncaptured = itertools.count(), itertools.count(self.STREAMS)
 
     def address(self, stream: int) -> int:
@@ -229,7 +229,7 @@ class _Workspaces:
 
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._of_stream: dict[tuple[int, int], Any] = {}
+        self._of_stream: dict[Any, Any] = {}
         self._outgrown: list[Any] = []
 
     def address(self, stream: int, size: int) -> int:
