@@ -63,8 +63,8 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
     assert moved != inputs[0]
 
     def with_q_moved_twice(keep: Any = copy) -> None:
-        plan.launch(0, to, 0, moved, *inputs[1:])
-        plan.launch(0, to, 0, *inputs)
+        plan.launch(0, to, 0, [moved, *inputs[1:]])
+        plan.launch(0, to, 0, inputs)
 
     calls = {
         "attention()": lambda: rawattn.attention(q, k, v, causal=True),
@@ -77,7 +77,7 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
         "find their launcher": lambda: table.get(tuple(geometry)),
         "allocate the output": lambda: allocate(q),
         "current stream": lambda: found.stream(device),
-        "plan.launch": lambda: plan.launch(0, to, 0, *inputs),
+        "plan.launch": lambda: plan.launch(0, to, 0, inputs),
         "two plan.launch, q moved before each": with_q_moved_twice,
         "plan.launch, of it the driver": lambda: plan._kernel.launch(0),
     }

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -277,12 +277,13 @@ class Plan:
 
     q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
     Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
+    `lengths` names the arrays that launch() is given after q, k and v, among POINTERS.
     """
 
     def __init__(
         self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
         batch: int, left: int, right: int, bottom_right: bool, scale: float,
-        capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0,
+        lengths: Sequence[str] = (), capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0,
     ):  # fmt: skip
         import cupy
 
@@ -308,7 +309,7 @@ class Plan:
             _TensorMap.of_rows(address + 128, k, box_rows, slides=spec.varlen),
             _TensorMap.of_rows(address + 256, v, box_rows, slides=spec.varlen),
         )
-        self._mapped: tuple[int, int, int] | None = None
+        self._mapped: list[int] = []
 
         rows_q, heads, _ = q.shape[-3:]
         rows_k = k.shape[-3] if capacity is None else capacity
@@ -339,7 +340,7 @@ class Plan:
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
-        self._reads_lengths = spec.varlen
+        self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
@@ -349,17 +350,13 @@ class Plan:
             self._workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
 
-    def launch(
-        self, stream: int, out: int, lse: int, q: int, k: int, v: int, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0,
-        cache_seqlens: int = 0, cache_batch_idx: int = 0, cache_leftpad: int = 0, page_table: int = 0,
-    ) -> None:  # fmt: skip
-        """Starts the kernel on the stream of that handle; the arguments are device pointers, 0 for none."""
-        if (q, k, v) != self._mapped:
-            q_map, k_map, v_map = self._maps
-            q_map.point_to(q)
-            k_map.point_to(k)
-            v_map.point_to(v)
-            self._mapped = (q, k, v)
+    def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
+        """Starts the kernel on the stream of that handle. `addresses` are those of q, k, v and `lengths`; lse is 0 for none."""
+        rows = addresses[:3]
+        if rows != self._mapped:
+            for tensor_map, address in zip(self._maps, rows, strict=True):
+                tensor_map.point_to(address)
+            self._mapped = rows
         pointers = self._pointers
         pointers[0], pointers[1] = out, lse
         if self._workspaces is None:
@@ -367,8 +364,9 @@ class Plan:
         else:
             arrivals = self._workspaces.address(stream, self._workspace_bytes)
             pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
-        if self._reads_lengths:
-            pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]
+        if self._lengths:
+            for place, address in zip(self._lengths, addresses[3:], strict=True):
+                pointers[place] = address
         self._kernel.launch(stream)
 
 
@@ -412,10 +410,11 @@ class CachePlan:
         if cos:  # the kernel reads the rotated copy
             self._rotated_q = q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
         self._names = tuple(views)
-        self._passed_on = [name for name in POINTERS if name in views]
+        self._lengths = [name for name in POINTERS if name in views]
         self._attention = Plan(
-            spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale, capacity=capacity,
-            new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride,
+            spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale,
+            lengths=self._lengths, capacity=capacity, new_keys=0 if not appends else -1 if ragged else q.shape[1],
+            page_table_stride=page_table_stride,
         )  # fmt: skip
         self._append: _BoundKernel | None = None
         if not appends:
@@ -441,7 +440,7 @@ class CachePlan:
         warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
         self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
 
-    def launch(self, stream: int, out: int, lse: int, *addresses: int) -> None:
+    def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
         at = dict(zip(self._names, addresses, strict=True))
         q = at["q"]
         if self._append is not None:
@@ -451,4 +450,4 @@ class CachePlan:
             self._row_pointers[:] = [at.get(name, 0) for name in _APPEND_ROWS]
             self._append_pointers[:] = [at.get(name, 0) for name in _APPEND_POINTERS]
             self._append.launch(stream)
-        self._attention.launch(stream, out, lse, q, at["k_cache"], at["v_cache"], **{name: at[name] for name in self._passed_on})
+        self._attention.launch(stream, out, lse, [q, at["k_cache"], at["v_cache"], *[at[name] for name in self._lengths]])

@@ -163,10 +163,10 @@ class Launcher:
             return None
         out_address = addresses.pop()
         if self._new_lse is None:
-            self._launch(self._stream(self.device), out_address, 0, *addresses)
+            self._launch(self._stream(self.device), out_address, 0, addresses)
             return out
         lse = self._new_lse(q)
-        self._launch(self._stream(self.device), out_address, self._address(lse), *addresses)
+        self._launch(self._stream(self.device), out_address, self._address(lse), addresses)
         return out, lse
 
     def _are_aligned(self, addresses: list[int]) -> bool:
