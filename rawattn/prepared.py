@@ -96,7 +96,7 @@ def _torch_access() -> Access:
         others = _matcher(read, examples)
         try:
             # What torch.compile looks at before each call, in a fifth of the time: type, dtype, device, sizes, strides, requires_grad,
-            # dispatch keys. It is private, and may say no to equals, after inference_mode() has begun, say.
+            # dispatch keys. A private class, which may be gone; and it says no to some that are alike, in inference_mode() for one.
             guards = torch._C._dynamo.guards.TensorGuards(
                 *[x.detach() for x in examples], dynamic_dims_sizes=None, dynamic_dims_strides=None
             )
@@ -123,7 +123,7 @@ def _matcher(read: Reader, examples: Collection[Any]) -> Matcher:
 
     def match(xs: Collection[Any]) -> list[int] | None:
         addresses, geometry = read(xs)
-        return addresses if geometry == wanted else None
+        return addresses if wanted and geometry == wanted else None
 
     return match
 
