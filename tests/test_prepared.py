@@ -111,8 +111,14 @@ def test_only_tensors_laid_out_as_the_examples_match(guards: bool, monkeypatch: 
         assert match([other, b]) is None
     assert match([a, a]) is None
     inside_vmap = []
-    torch.func.vmap(lambda x: inside_vmap.append(match([x, b])) or x)(torch.zeros(3, 2, 4, 8, dtype=torch.float16))  # it has no address
+
+    def look(x: Any) -> Any:
+        inside_vmap.append(match([x, b]))
+        return x
+
+    torch.func.vmap(look)(torch.zeros(3, 2, 4, 8, dtype=torch.float16))
     assert inside_vmap == [None]
+    assert found.matcher([kin, b])([kin, b]) is None
 
 
 def gpu_inputs(framework: str, seed: int) -> list[Any]:
