@@ -63,7 +63,7 @@ def _cupy_access() -> Access:
             memory = x.data
             addresses.append(memory.ptr)
             # The private flag, which CuPy's own Python code reads, is there at once; strides become a new tuple each time.
-            geometry += (x.shape, getattr(x, "_c_contiguous", False) or x.strides, x.dtype, memory.device_id)
+            geometry.append((x.shape, getattr(x, "_c_contiguous", False) or x.strides, x.dtype, memory.device_id))
         return addresses, geometry
 
     def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
@@ -87,7 +87,7 @@ def _torch_access() -> Access:
                 if type(x) is not tensor or (computes_gradients and x.requires_grad):
                     return [], []
                 addresses.append(x.data_ptr())
-                geometry += (x.shape, x.stride(), x.dtype, x.get_device())
+                geometry.append((x.shape, x.stride(), x.dtype, x.get_device()))
         except RuntimeError:  # sparse and nested tensors, tensors inside torch.func
             return [], []
         return addresses, geometry
