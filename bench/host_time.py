@@ -74,6 +74,7 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
     }
     parts = {
         "read q, k, v": lambda: found.read((q, k, v)),
+        "read q, k, v, out as prepared": lambda: op._match_with_out((q, k, v, out)),
         "find their launcher": lambda: table.get(tuple(geometry)),
         "allocate the output": lambda: allocate(q),
         "current stream": lambda: found.stream(device),
