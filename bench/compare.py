@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cupy
 import torch
 
 import rawattn
@@ -59,12 +58,13 @@ def kernel(inputs: Inputs, causal: bool, variant: Variant) -> tuple[Callable[[],
     """A call that launches the kernel of `variant` on `inputs`, and the output that it writes."""
     q, k, v = inputs
     compiler._load.cache_clear()
-    _local.__dict__.clear()  # or the plan of the kernel before would serve
+    _local.launchers.clear()  # or those of the kernel before would serve
+    _local.plans.clear()
     with selected(variant, q.shape[-1], "causal" if causal else "full"):
         out = rawattn.attention(q, k, v, causal=causal)
     (call,) = _local.plans.values()
-    pointers = [x.data_ptr() for x in (q, k, v, out)]
-    return lambda: call.plan.launch(cupy.cuda.Stream.null, *pointers), out
+    pointers = [x.data_ptr() for x in inputs]
+    return lambda: call.plan.launch(0, out.data_ptr(), 0, pointers), out
 
 
 def normal(shape: tuple[int, ...], dtype: str, gain: int = 1) -> Inputs:

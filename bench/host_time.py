@@ -63,8 +63,8 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
     assert moved != inputs[0]
 
     def with_q_moved_twice(keep: Any = copy) -> None:
-        plan.launch(0, to, 0, moved, *inputs[1:])
-        plan.launch(0, to, 0, *inputs)
+        plan.launch(0, to, 0, [moved, *inputs[1:]])
+        plan.launch(0, to, 0, inputs)
 
     calls = {
         "attention()": lambda: rawattn.attention(q, k, v, causal=True),
@@ -74,10 +74,11 @@ def steps(framework: str, q: Any, k: Any, v: Any, out: Any, own_stream: Callable
     }
     parts = {
         "read q, k, v": lambda: found.read((q, k, v)),
+        "read q, k, v, out as prepared": lambda: op._match_with_out((q, k, v, out)),
         "find their launcher": lambda: table.get(tuple(geometry)),
         "allocate the output": lambda: allocate(q),
         "current stream": lambda: found.stream(device),
-        "plan.launch": lambda: plan.launch(0, to, 0, *inputs),
+        "plan.launch": lambda: plan.launch(0, to, 0, inputs),
         "two plan.launch, q moved before each": with_q_moved_twice,
         "plan.launch, of it the driver": lambda: plan._kernel.launch(0),
     }

@@ -271,12 +271,13 @@ def _attend(kind: Callable[..., Any], inputs: dict[str, Any], options: tuple, re
     """The result of a call of that kind. Where arrays of this geometry have been found right before, it is launched at once."""
     q = inputs["q"]
     fast = access(type(q))
-    addresses, geometry = fast.read(inputs.values()) if fast is not None else ([], [])
-    if geometry:
+    geometry: list[Any] = []
+    if fast is not None:
+        addresses, geometry = fast.read(inputs.values())
         key = (kind, options, return_lse, *inputs, *geometry)
         launcher = _local.launchers.get(key)
         if launcher is not None:
-            result = launcher(q, addresses, inputs.get("out"))
+            result = launcher.launch(q, addresses, inputs.get("out"))
             if result is not None:
                 return result
     views = _views(inputs)
@@ -372,11 +373,11 @@ class Call(ABC):
             return
         if self.plan is None:
             self.plan = self.make_plan(inputs, out)
-        self.plan.launch(stream.ptr, out.pointer, lse.pointer if lse else 0, *[a.pointer for a in inputs.values()])
+        self.plan.launch(stream.ptr, out.pointer, lse.pointer if lse else 0, [a.pointer for a in inputs.values()])
 
     @abstractmethod
     def make_plan(self, inputs: dict[str, Array], out: Array) -> Any:
-        """What launches the kernel, compiled or loaded on the current device: launch(stream, out, lse, *addresses of the inputs)."""
+        """What launches the kernel, compiled or loaded on the current device: launch(stream, out, lse, addresses of the inputs)."""
 
     @abstractmethod
     def _compute(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -406,6 +407,7 @@ class AttentionCall(Call):
         return launch.Plan(
             self.spec, inputs["q"], inputs["k"], inputs["v"], out,
             batch=self.batch, left=self.left, right=self.right, bottom_right=self.bottom_right, scale=self.scale,
+            lengths=list(inputs)[3:],
         )  # fmt: skip
 
 

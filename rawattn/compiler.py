@@ -1,17 +1,16 @@
 """The JIT: KernelSpec -> source -> NVRTC -> cubin on disk -> loaded kernel.
 
-Everything up to the cubin needs neither a GPU nor a driver, so a machine without one can fill the cache with `build`.
+Everything up to the cubin needs neither a GPU nor a driver, so a machine without one can fill the cache with `build`. CuPy, and what it
+imports anyway, is imported inside functions: `import rawattn` stays light.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import stat
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -90,6 +89,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
         "PAGE_ROWS": spec.page_rows,
+        "KV_READ_ONCE": tile.transposed,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),
         "VARLEN": spec.varlen,
@@ -269,6 +269,8 @@ def _cache_path(spec: KernelSpec | AppendSpec) -> Path:
 
 def _key(text: str, options: tuple[str, ...], version: tuple[int, int]) -> str:
     """A hash of all that decides a cubin: the source, the options (the architecture is one) and the NVRTC version."""
+    import hashlib
+
     return hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:20]
 
 
@@ -289,6 +291,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _seal(path: Path, cubin: bytes) -> bytes:
+    import hashlib
+
     return hashlib.sha256(path.name.encode() + cubin).digest()
 
 
@@ -302,6 +306,8 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, cubin: bytes) -> None:
     """Write under a temporary name and rename, so that readers, racing writers and a kill see the whole file or none."""
+    import tempfile
+
     folder = path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -400,7 +406,7 @@ def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
 
 @functools.cache
 def _cupy() -> Any:
-    """CuPy, imported by the first call that needs it: `import rawattn` stays light."""
+    """CuPy, imported by the first call that needs it."""
     try:
         import cupy
     except ImportError as error:

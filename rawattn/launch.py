@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -201,9 +201,9 @@ class _TensorMap:
         return status
 
 
-def _stream_key(stream: int) -> tuple[int, int]:
+def _stream_key(stream: int) -> Any:
     """Tells streams apart whose launches do not follow one another: cudaStreamPerThread is one handle, and a stream for each thread."""
-    return (stream, threading.get_ident() if stream == 2 else 0)
+    return (stream, threading.get_ident()) if stream == 2 else stream
 
 
 class _TileCounters:
@@ -224,7 +224,7 @@ class _TileCounters:
         cupy.cuda.runtime.memset(self._memory.ptr, 0, size)
         cupy.cuda.runtime.streamSynchronize(0)
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
-        self._of_stream: dict[tuple[int, int], int] = {}
+        self._of_stream: dict[Any, int] = {}
         self._unused, self._uncaptured = itertools.count(), itertools.count(self.STREAMS)
 
     def address(self, stream: int) -> int:
@@ -263,7 +263,7 @@ class _Workspaces:
 
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._of_stream: dict[tuple[int, int], Any] = {}
+        self._of_stream: dict[Any, Any] = {}
         self._outgrown: list[Any] = []
 
     def address(self, stream: int, size: int) -> int:
@@ -311,13 +311,14 @@ class Plan:
 
     q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
     Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
-    It `overlaps` the append_kv that is launched right before it.
+    `lengths` names the arrays that launch() is given after q, k and v, among POINTERS. It `overlaps` the append_kv that is launched right
+    before it.
     """
 
     def __init__(
         self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
         batch: int, left: int, right: int, bottom_right: bool, scale: float,
-        capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0, overlaps: bool = False,
+        lengths: Sequence[str] = (), capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0, overlaps: bool = False,
     ):  # fmt: skip
         import cupy
 
@@ -343,7 +344,7 @@ class Plan:
             _TensorMap.of_rows(address + 128, k, box_rows, slides=spec.varlen),
             _TensorMap.of_rows(address + 256, v, box_rows, slides=spec.varlen),
         )
-        self._mapped: tuple[int, int, int] | None = None
+        self._mapped: list[int] = []
 
         rows_q, heads, _ = q.shape[-3:]
         rows_k = k.shape[-3] if capacity is None else capacity
@@ -374,7 +375,7 @@ class Plan:
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
-        self._reads_lengths = spec.varlen
+        self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None
         self.workspace_bytes = 0
         if spec.split_rows:
@@ -386,17 +387,13 @@ class Plan:
             self.workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
 
-    def launch(
-        self, stream: int, out: int, lse: int, q: int, k: int, v: int, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0,
-        cache_seqlens: int = 0, cache_batch_idx: int = 0, cache_leftpad: int = 0, page_table: int = 0,
-    ) -> None:  # fmt: skip
-        """Starts the kernel on the stream of that handle; the arguments are device pointers, 0 for none."""
-        if (q, k, v) != self._mapped:
-            q_map, k_map, v_map = self._maps
-            q_map.point_to(q)
-            k_map.point_to(k)
-            v_map.point_to(v)
-            self._mapped = (q, k, v)
+    def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
+        """Starts the kernel on the stream of that handle. `addresses` are those of q, k, v and `lengths`; lse is 0 for none."""
+        rows = addresses[:3]
+        if rows != self._mapped:
+            for tensor_map, address in zip(self._maps, rows, strict=True):
+                tensor_map.point_to(address)
+            self._mapped = rows
         pointers = self._pointers
         pointers[0], pointers[1] = out, lse
         if self._workspaces is None:
@@ -404,8 +401,9 @@ class Plan:
         else:
             arrivals = self._workspaces.address(stream, self.workspace_bytes)
             pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
-        if self._reads_lengths:
-            pointers[3:9] = [cu_seqlens_q, cu_seqlens_k, cache_seqlens, cache_batch_idx, cache_leftpad, page_table]
+        if self._lengths:
+            for place, address in zip(self._lengths, addresses[3:], strict=True):
+                pointers[place] = address
         self._kernel.launch(stream)
 
 
@@ -449,10 +447,11 @@ class CachePlan:
         if cos:  # the kernel reads the rotated copy
             q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
         self._names = tuple(views)
-        self._passed_on = [name for name in POINTERS if name in views]
+        self._lengths = [name for name in POINTERS if name in views]
         self._attention = Plan(
-            spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale, capacity=capacity,
-            new_keys=0 if not appends else -1 if ragged else q.shape[1], page_table_stride=page_table_stride, overlaps=appends,
+            spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale,
+            lengths=self._lengths, capacity=capacity, new_keys=0 if not appends else -1 if ragged else q.shape[1],
+            page_table_stride=page_table_stride, overlaps=appends,
         )  # fmt: skip
         self._append: _BoundKernel | None = None
         if not appends:
@@ -485,7 +484,7 @@ class CachePlan:
             self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
             self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
 
-    def launch(self, stream: int, out: int, lse: int, *addresses: int) -> None:
+    def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
         at = dict(zip(self._names, addresses, strict=True))
         if self._append is None:
             self._attend(stream, out, lse, at)
@@ -501,4 +500,4 @@ class CachePlan:
 
     def _attend(self, stream: int, out: int, lse: int, at: dict[str, int]) -> None:
         q = at.get("rotated_q", at["q"])
-        self._attention.launch(stream, out, lse, q, at["k_cache"], at["v_cache"], **{name: at[name] for name in self._passed_on})
+        self._attention.launch(stream, out, lse, [q, at["k_cache"], at["v_cache"], *[at[name] for name in self._lengths]])

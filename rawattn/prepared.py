@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from .attention import Call
 
 
+Reader = Callable[[Collection[Any]], tuple[list[int], list[Any]]]
+Matcher = Callable[[Collection[Any]], "list[int] | None"]
+
+
 class Access(NamedTuple):
     """How to reach the arrays of one framework on GPUs, in as few Python operations as it takes."""
 
     # Addresses and geometry: arrays of equal geometry are laid out alike on one device. Both are empty where one is of another type, or
     # one that attention() refuses.
-    read: Callable[[Collection[Any]], tuple[list[int], list[Any]]]
+    read: Reader
     # From examples: what gives the addresses of arrays that are laid out like them, and None for others.
-    matcher: Callable[[Collection[Any]], Callable[[Collection[Any]], list[int] | None]]
+    matcher: Callable[[Collection[Any]], Matcher]
     address: Callable[[Any], int]
     # From a view of q, a shape and a dtype: what allocates such an array beside any q like that.
     allocator: Callable[[Array, tuple[int, ...], str], Callable[[Any], Any]]
@@ -59,17 +63,14 @@ def _cupy_access() -> Access:
             memory = x.data
             addresses.append(memory.ptr)
             # The private flag, which CuPy's own Python code reads, is there at once; strides become a new tuple each time.
-            geometry += (x.shape, getattr(x, "_c_contiguous", False) or x.strides, x.dtype, memory.device_id)
+            geometry.append((x.shape, getattr(x, "_c_contiguous", False) or x.strides, x.dtype, memory.device_id))
         return addresses, geometry
-
-    def matcher(examples: Collection[Any]) -> Callable[[Collection[Any]], list[int] | None]:
-        return functools.partial(_match, read, read(examples)[1])
 
     def allocator(q: Array, shape: tuple[int, ...], name: str) -> Callable[[Any], Any]:
         dtype = np.dtype(name)
         return lambda q: ndarray(shape, dtype)
 
-    return Access(read, matcher, attrgetter("data.ptr"), allocator, lambda device: current_stream(device).ptr)
+    return Access(read, functools.partial(_matcher, read), attrgetter("data.ptr"), allocator, lambda device: current_stream(device).ptr)
 
 
 def _torch_access() -> Access:
@@ -86,16 +87,16 @@ def _torch_access() -> Access:
                 if type(x) is not tensor or (computes_gradients and x.requires_grad):
                     return [], []
                 addresses.append(x.data_ptr())
-                geometry += (x.shape, x.stride(), x.dtype, x.get_device())
+                geometry.append((x.shape, x.stride(), x.dtype, x.get_device()))
         except RuntimeError:  # sparse and nested tensors, tensors inside torch.func
             return [], []
         return addresses, geometry
 
-    def matcher(examples: Collection[Any]) -> Callable[[Collection[Any]], list[int] | None]:
-        others = functools.partial(_match, read, read(examples)[1])
+    def matcher(examples: Collection[Any]) -> Matcher:
+        others = _matcher(read, examples)
         try:
             # What torch.compile looks at before each call, in a fifth of the time: type, dtype, device, sizes, strides, requires_grad,
-            # dispatch keys. It is private, and may say no to equals, after inference_mode() has begun, say.
+            # dispatch keys. A private class, which may be gone; and it says no to some that are alike, in inference_mode() for one.
             guards = torch._C._dynamo.guards.TensorGuards(
                 *[x.detach() for x in examples], dynamic_dims_sizes=None, dynamic_dims_strides=None
             )
@@ -117,9 +118,14 @@ def _torch_access() -> Access:
     return Access(read, matcher, address, allocator, arrays.torch_stream_pointer())
 
 
-def _match(read: Callable[[Collection[Any]], tuple[list[int], list[Any]]], wanted: list[Any], xs: Collection[Any]) -> list[int] | None:
-    addresses, geometry = read(xs)
-    return addresses if geometry == wanted else None
+def _matcher(read: Reader, examples: Collection[Any]) -> Matcher:
+    _, wanted = read(examples)
+
+    def match(xs: Collection[Any]) -> list[int] | None:
+        addresses, geometry = read(xs)
+        return addresses if wanted and geometry == wanted else None
+
+    return match
 
 
 class Launcher:
@@ -137,7 +143,7 @@ class Launcher:
         self._low_bits = [3 if a.dtype == "int32" else 15 for name, a in views.items() if name != "out"] + [15]
         self._current_device = cupy.cuda.runtime.getDevice if cupy.cuda.runtime.getDeviceCount() > 1 else None
 
-    def __call__(self, q: Any, addresses: list[int], out: Any) -> Any:
+    def launch(self, q: Any, addresses: list[int], out: Any) -> Any:
         """out or (out, lse); None, and nothing launched, where an address is null or not aligned.
 
         `addresses` are those of the call's arrays in their order, that of `out` the last if it is given.
@@ -146,7 +152,7 @@ class Launcher:
             import cupy
 
             with cupy.cuda.Device(self.device):
-                return self(q, addresses, out)
+                return self.launch(q, addresses, out)
         if out is None:
             out = self._new_out(q)
             addresses.append(self._address(out))
@@ -157,10 +163,10 @@ class Launcher:
             return None
         out_address = addresses.pop()
         if self._new_lse is None:
-            self._launch(self._stream(self.device), out_address, 0, *addresses)
+            self._launch(self._stream(self.device), out_address, 0, addresses)
             return out
         lse = self._new_lse(q)
-        self._launch(self._stream(self.device), out_address, self._address(lse), *addresses)
+        self._launch(self._stream(self.device), out_address, self._address(lse), addresses)
         return out, lse
 
     def _are_aligned(self, addresses: list[int]) -> bool:
@@ -190,7 +196,7 @@ class Prepared:
             addresses = self._match((q, k, v)) if out is None else self._match_with_out((q, k, v, out))
             if addresses is not None:
                 with self._lock:
-                    result = launcher(q, addresses, out)
+                    result = launcher.launch(q, addresses, out)
                 if result is not None:
                     return result
         self._refuse_others({"q": q, "k": k, "v": v} | ({} if out is None else {"out": out}))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import rawattn
+from rawattn.prepared import access
 
 
 def inputs(seed: int = 0, keys: int = 5) -> list[np.ndarray]:
@@ -52,6 +53,72 @@ def test_prepare_refuses_what_attention_refuses() -> None:
         rawattn.prepare(q, k, v, causal=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="^v has 4 rows"):
         rawattn.prepare(q, k, v[:, :4])
+
+
+def unread(shape: tuple[int, ...], dtype: str = "float16", at: int = 1 << 20, device: int = 0) -> Any:
+    """A CuPy array over addresses that nothing reads, so that no GPU is needed."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(at, 1 << 20, None, device)
+    return cupy.ndarray(shape, np.dtype(dtype), cupy.cuda.MemoryPointer(memory, 0))
+
+
+def test_only_cupy_arrays_laid_out_as_the_examples_match() -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    found = access(cupy.ndarray)
+    assert found is not None
+    a, b = unread((2, 4, 8)), unread((2, 8, 4)).transpose(0, 2, 1)
+    match = found.matcher([a, b])
+    at = 1 << 24
+    assert match([unread((2, 4, 8), at=at), b]) == [at, 1 << 20]
+    kin = type("Kin", (cupy.ndarray,), {})
+    others = [
+        unread((4, 2, 8)),
+        unread((2, 4, 8), "bfloat16"),
+        unread((2, 4, 8), device=1),
+        b,
+        a.view(kin),
+        np.zeros((2, 4, 8), np.float16),
+    ]
+    for other in others:
+        assert match([other, b]) is None
+    assert match([a, a]) is None
+    assert match([a, unread((4, 8, 2)).transpose(1, 0, 2)[:2, :, :1]]) is None
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_only_tensors_laid_out_as_the_examples_match(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not guards:  # a torch without this private class
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    found = access(torch.Tensor)
+    assert found is not None
+    a, b = torch.zeros(2, 4, 8, dtype=torch.float16), torch.zeros(2, 8, 4, dtype=torch.float16).transpose(1, 2)
+    with torch.no_grad():
+        match = found.matcher([a.clone().requires_grad_(), b])
+    alike, differentiable = a.clone(), a.clone().requires_grad_()
+    wanted = [alike.data_ptr(), b.data_ptr()]
+    assert match([alike, b]) == wanted
+    with torch.no_grad():
+        assert match([alike, b]) == wanted
+        assert match([differentiable, b]) == [differentiable.data_ptr(), b.data_ptr()]
+    with torch.inference_mode():
+        assert match([alike, b]) == wanted
+        assert match([a.clone(), b]) is not None
+    kin = torch.nn.Parameter(a, requires_grad=False)
+    others = [differentiable, a.float(), a.bfloat16(), a.reshape(4, 2, 8), b, kin, a.to_sparse(), a.numpy()]
+    for other in others:
+        assert match([other, b]) is None
+    assert match([a, a]) is None
+    inside_vmap = []
+
+    def look(x: Any) -> Any:
+        inside_vmap.append(match([x, b]))
+        return x
+
+    torch.func.vmap(look)(torch.zeros(3, 2, 4, 8, dtype=torch.float16))
+    assert inside_vmap == [None]
+    assert found.matcher([kin, b])([kin, b]) is None
 
 
 def gpu_inputs(framework: str, seed: int) -> list[Any]:

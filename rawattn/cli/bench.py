@@ -454,6 +454,7 @@ def child_seconds(code: str, arguments: str, cache: str) -> float:
     """What `code`, run in a process of its own with that cache of kernels, prints: seconds. Raises click.ClickException if it fails."""
     path = os.pathsep.join(filter(None, [str(Path(rawattn.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAWATTN_CACHE_DIR": cache, "CUDA_CACHE_DISABLE": "1", "RAWATTN_NO_JIT": ""}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # an installed package has its .pyc files
     result = subprocess.run([sys.executable, "-c", code, arguments], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise click.ClickException(f"a process of its own failed: {(result.stderr.strip() or 'no output').splitlines()[-1]}")

@@ -45,6 +45,7 @@ constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
+constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
@@ -311,10 +312,11 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
     }
 }
 
+template <uint64_t L2_POLICY>
 __device__ __forceinline__ void load_slabs(
     const TensorMap* map, int slabs, int slab_bytes, uint32_t destination, uint32_t barrier, int row, int offset, int head, int batch) {
 #pragma unroll
-    for (int slab = 0; slab < slabs; ++slab) tma_load(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
+    for (int slab = 0; slab < slabs; ++slab) tma_load<L2_POLICY>(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
 }
 
 // Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it, and each lane looks up one page.
@@ -323,7 +325,7 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     const int kv_head = tile.head * PACK / GQA_RATIO, lane = threadIdx.x % 32;
     if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
     if constexpr (PAGE_ROWS == 0) {
-        load_slabs(map, slabs, KV_SLAB, destination, barrier, tile.k_row + block * TILE_N, tile.k_offset, kv_head, tile.k_batch);
+        load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination, barrier, tile.k_row + block * TILE_N, tile.k_offset, kv_head, tile.k_batch);
     } else {
         constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
         for (int first = 0; first < PIECES; first += 32) {
@@ -337,7 +339,7 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
             for (int i = 0; i < min(PIECES - first, 32); ++i) {
                 const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
                 if (lane == 0)
-                    load_slabs(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, piece_row, piece_length, kv_head, piece_page);
+                    load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, piece_row, piece_length, kv_head, piece_page);
             }
         }
     }
@@ -408,7 +410,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
                     if (threadIdx.x == 0) {
                         mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
                         mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                        load_slabs(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                        load_slabs<L2_EVICT_NORMAL>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
                     }
                     ++q_ring.count;
                 };

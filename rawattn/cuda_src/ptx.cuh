@@ -57,8 +57,19 @@ __device__ __forceinline__ void prefetch_global(const void* pointer) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
 }
 
+// How L2 is to treat what passes: the encodings that createpolicy (9.7.9.18) gives for all of it.
+constexpr uint64_t L2_EVICT_NORMAL = 0x1000000000000000, L2_EVICT_FIRST = 0x12F0000000000000;
+
 // Copies one box to shared memory; elements outside the tensor arrive as zeros. Coordinates: column, row, row offset, head, batch.
+template <uint64_t L2_POLICY = L2_EVICT_NORMAL>
 __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column, int row, int offset, int head, int batch) {
+    if constexpr (L2_POLICY != L2_EVICT_NORMAL) {
+        asm volatile(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
+            "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(offset), "r"(head), "r"(batch), "l"(L2_POLICY)
+            : "memory");
+        return;
+    }
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(destination),
         "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(offset), "r"(head), "r"(batch)

@@ -135,6 +135,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
         gpu_fence();
     }
     named_barrier_sync(own_barrier, 128);
+    carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
     if (is_last[warpgroup]) combine(args, tile, warpgroup, own_barrier, carried + 128 * warpgroup);
     return false;
 }
