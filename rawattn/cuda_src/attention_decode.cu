@@ -9,7 +9,7 @@
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = TILE_M / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
 constexpr int ROWS_OF_THREAD = TILE_M / 4;
-constexpr int TASKS_IN_FLIGHT = TILE_M <= 16 ? 1 : TILE_M == 32 ? 4 : 2, RESULTS_IN_FLIGHT = TILE_M == 8 ? 16 : TILE_M == 16 ? 8 : 4;  // to where they are combined, as registers allow
+constexpr int TASKS_IN_FLIGHT = TILE_M == 32 ? 4 : TILE_M == 64 && TILE_N == 64 ? 2 : 1, RESULTS_IN_FLIGHT = TILE_M == 8 ? 16 : TILE_M == 16 ? 8 : 4;  // to where they are combined, as registers allow
 constexpr int PROBS_SLAB = TILE_M * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;
 constexpr int CONSUMERS = 1;  // the named barrier of the consumer threads
 
