@@ -39,10 +39,11 @@ examples = settings(deadline=None)
 # The constants that the kernel has from its generated prologue are template parameters here, so that one build holds every variant.
 HOST = """
 #include <algorithm>
+#include <cmath>
 using std::max, std::min;
 #define __device__
 #define __forceinline__ inline
-static float reciprocal_approx(float x) { return 1 / x; }
+static float reciprocal_approx(float x) { return std::nextafter(1 / x, x > 5 ? 0.0f : 2.0f); }  // an ulp off, as it may be
 """
 PROLOGUE = f"""
 {HOST}
@@ -56,6 +57,7 @@ extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest,
     return places;
 }
 
+extern "C" int quotient(int n, int divisor) { return divide(n, divisor); }
 extern "C" int items(Places places) { return places.items(); }
 extern "C" int count(Places places) { return places.count(); }
 extern "C" int at_or_after(Places places, int place) { return places.at_or_after(place); }
@@ -308,6 +310,13 @@ def test_the_kernel_takes_as_many_keys_for_few() -> None:
 
 
 @examples
+@given(st.integers(0, 2**21 - 1), st.integers(1, 2**20), st.sampled_from([-1, 0, 1]))
+def test_quotients_are_exact_though_reciprocals_are_not(device_code: DeviceCode, quotient: int, divisor: int, more: int) -> None:
+    n = min(max(0, quotient * divisor + more), 2**30)
+    assert device_code.compiled["quotient"](n, divisor) == n // divisor
+
+
+@examples
 @given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 4))
 def test_splits_are_equal_and_cover_the_keys(
     device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, least_blocks: int
@@ -351,6 +360,7 @@ WARP = """
 struct Number { int x; };
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
+constexpr uint64_t L2_EVICT_NORMAL = 0, L2_EVICT_FIRST = 1;
 
 static Number blockIdx, gridDim, threadIdx;
 static ucontext_t lanes[32], caller;
@@ -372,12 +382,6 @@ int __shfl_up_sync(unsigned, int value, int distance) {
     const int lane = threadIdx.x;
     const int* values = meet(value);
     return values[lane < distance ? lane : lane - distance];
-}
-int __reduce_add_sync(unsigned, int value) {
-    const int* values = meet(value);
-    int sum = 0;
-    for (int lane = 0; lane < 32; ++lane) sum += values[lane];
-    return sum;
 }
 uint32_t __ballot_sync(unsigned, bool value) {
     const int* values = meet(value);
@@ -535,6 +539,17 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
         order = [(split["batch"], split["head"], split["first_row"]) for split in share]
         assert len([tile for tile, _ in itertools.groupby(order)]) == len(set(order))
         assert not share or sum(map(cost, share)) < -(-total // ctas) + cost(share[-1])
+
+
+@pytest.mark.parametrize("batch", [256, 257, 600])
+def test_each_warp_reads_its_part_of_many_lengths(tile_lists: dict[KernelSpec, ctypes.CDLL], batch: int) -> None:
+    random = np.random.default_rng(batch)
+    q_lengths, k_lengths = random.integers(0, 2, batch).tolist(), random.integers(0, 2000, batch).tolist()
+    for ctas in (1, 7):
+        tiles = by_tile(shares(tile_lists[SPLIT_SPECS[0]], ctas, 2, q_lengths, k_lengths, (None, None)))
+        assert set(tiles) == {(b, head, 0) for b, length in enumerate(q_lengths) if length for head in range(2)}
+        for splits in tiles.values():
+            assert [split["split"] for _, split in splits] == list(range(splits[0][1]["splits"]))
 
 
 @pytest.mark.parametrize("spec", SPLIT_SPECS, ids=lambda spec: spec.name)
