@@ -19,7 +19,7 @@ from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
 from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, tile_for
 
-# struct Arguments of cuda_src/attention_forward.cu
+# struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
     "out", "lse", "next_tile", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table",
     "arrivals", "partial_out", "partial_state",

@@ -9,7 +9,7 @@
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = TILE_M / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
 constexpr int ROWS_OF_THREAD = TILE_M / 4;
-constexpr int TASKS_IN_FLIGHT = TILE_M == 32 ? 4 : TILE_M == 64 && TILE_N == 64 ? 2 : 1, RESULTS_IN_FLIGHT = TILE_M == 8 ? 16 : TILE_M == 16 ? 8 : 4;  // to where they are combined, as registers allow
+constexpr int TASKS_IN_FLIGHT = TILE_M == 32 ? 4 : TILE_M == 64 && TILE_N == 64 ? 2 : 1, RESULTS_IN_FLIGHT = TILE_M == 8 ? 16 : TILE_M == 16 ? 8 : 4;  // of a combination (splits.cuh), as registers allow
 constexpr int PROBS_SLAB = TILE_M * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;
 constexpr int CONSUMERS = 1;  // the named barrier of the consumer threads
 
@@ -30,7 +30,8 @@ struct Max {
     __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
-// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, TILE_M] floats that nobody reads any more.
+// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, TILE_M / 2], of each warp its values for two
+// rows at a time; nobody may read it any more.
 template <class Operation>
 __device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float2* exchange, Operation operation) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -211,9 +212,9 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 __device__ __forceinline__ void consume(const Arguments& args, const Buffers& buffers) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const uint32_t probs_smem = shared_address(buffers.more);  // P, and what rounding it lost
-    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES);                                 // [OUTPUT_REGISTERS, 128]
-    float2* max_exchange = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * 128);                    // [4, TILE_M]
-    float2* sum_exchange = max_exchange + 4 * TILE_M / 2;                                                  // likewise
+    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES);           // [OUTPUT_REGISTERS, 128]
+    float2* max_exchange = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * 128);  // [4, TILE_M / 2]
+    float2* sum_exchange = max_exchange + 4 * TILE_M / 2;                                // likewise; still read when the next tile's maxima are written
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;

@@ -8,7 +8,7 @@
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column
 // 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
 constexpr int ROWS_OF_THREAD = 2;
-constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // to where they are combined, as registers allow
+constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (splits.cuh), as registers allow
 
 // Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it (in ping-pong they may
 // not, since turns are counted). Where half a block has as many keys as a warpgroup has rows, it hides half of the next one from every other warpgroup.

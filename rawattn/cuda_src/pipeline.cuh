@@ -1,5 +1,5 @@
-// What the kernels share: their arguments, the list of tiles that a CTA works through, where results go, and the producer warp, which feeds Q, K
-// and V through TMA into a ring of shared-memory stages.
+// What attention_forward.cu and attention_decode.cu share: their arguments, the list of tiles that a CTA works through, where results go, and the
+// producer warp, which feeds Q, K and V through TMA into a ring of shared-memory stages.
 #pragma once
 #include "ptx.cuh"
 #include "scheduler.cuh"
@@ -45,7 +45,7 @@ constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
-constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
+constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // what no other tile reads leaves L2 first
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
@@ -448,7 +448,8 @@ __device__ __forceinline__ void make_barriers(uint32_t barriers) {
     mbarrier_init_fence();
 }
 
-// A CTA's life: warp 0 produces, the warpgroups from the second on consume.
+// A CTA's life: warp 0 produces, the warpgroups from the second on consume. Lengths are read before wait_for_kernel_before(), so append_kv must not
+// write them, nor be itself allowed to start before what wrote them has ended.
 template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates

@@ -19,7 +19,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes the initialised barriers visible to the TMA unit.
+// Makes the initialised barriers visible to the TMA unit (fence.mbarrier_init, 9.7.13.4).
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -48,6 +48,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
 
 // ---- TMA (9.7.9.25) ----
 
+// prefetch.tensormap (9.7.9.15)
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -160,7 +161,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm 
 
 // ---- arithmetic ----
 
-// ex2 (9.7.3.20): relative error 2^-22
+// ex2 (9.7.3.21): relative error 2^-22
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -184,6 +185,7 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     return packed;
 }
 
+// The two floats that pack2 packed, each widened exactly (cvt).
 __device__ __forceinline__ void unpack2(uint32_t packed, float& low, float& high) {
     if constexpr (BF16) {
         low = __uint_as_float(packed << 16);
@@ -192,6 +194,8 @@ __device__ __forceinline__ void unpack2(uint32_t packed, float& low, float& high
         asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(packed));
     }
 }
+
+// ---- stores of 16, 4 and 8 bytes (st, 9.7.9.11) ----
 
 __device__ __forceinline__ void store_global_16(void* pointer, const uint32_t (&words)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");

@@ -1,16 +1,16 @@
 // Splits of a tile's keys are taken together. The file that includes this says how its accumulators lie: ROWS_OF_THREAD, tile_row(r) of each of
-// these rows, output_row(i) of them that register i of the output belongs to, store_partial(), and TASKS_IN_FLIGHT and
-// RESULTS_IN_FLIGHT.
+// these rows, output_row(i) of them that register i of the output belongs to, and store_partial(); and how many loads a combining thread has in
+// flight: those of RESULTS_IN_FLIGHT results for each of TASKS_IN_FLIGHT tasks.
 #pragma once
 
-// Shared memory of one warpgroup where splits are combined, that of what it carries, which it no longer needs then: for each row and result a pair.
+// [WARPGROUP_ROWS, MAX_SPLITS]: for each row and result a pair, where the warpgroup keeps what it carries, which it no longer needs when it combines.
 __device__ __forceinline__ float2& factors(float* carried, int row, int result) {
     const int place = 2 * (row * MAX_SPLITS + result);
     return *reinterpret_cast<float2*>(carried + place / 128 * CONSUMER_THREADS + place % 128);
 }
 
 // By what the results that lie in the workspace, and their sum before, are multiplied: one warp has a row, and a lane a result. As join_splits folds
-// them, only that the running maximum, which is all that one factor has of the others, comes from a scan. The first pair holds 1 / sum.
+// them, only that the running maximum, which is all that one factor has of the others, comes from a scan, exact in any order. The first pair holds 1 / sum.
 __device__ __forceinline__ void weigh_results(const Arguments& args, const WorkTile& tile, int warpgroup, int rows, int first_split, int results, float* carried) {
     static_assert(MAX_SPLITS == 32, "one for each lane");
     const int lane = threadIdx.x % 32;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void weigh_results(const Arguments& args, const WorkT
 
 // Takes the results of a tile together, that of the share which has the first splits and those of the others in their order, and writes the output.
 __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup, int barrier, float* carried) {
-    constexpr int COLUMNS = 4;  // of one thread's task
+    constexpr int COLUMNS = 4;  // of a row, one thread's task
     const int rows = min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - WARPGROUP_ROWS * warpgroup);
     const int first_split = tile.first_splits - 1, results = tile.splits - first_split, tasks = rows * (HEAD_DIM_V / COLUMNS);
     float4 parts[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
