@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MASKS = ("full", "causal", "window")
+ROWS_OF_SPLIT_TILES = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class AppendSpec:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One compiled variant of the forward kernel.
+    """One compiled variant of the attention kernels.
 
     dtype:      "float16" or "bfloat16", of q, k, v and the output.
     head_dim:   D of q and k, a multiple of 8 up to 256.
@@ -30,7 +31,7 @@ class KernelSpec:
     gqa_ratio:  query heads for each key/value head.
     mask:       "full", "causal" (keys bounded on the right by the diagonal) or "window" (bounded on both sides).
     varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
-    split_rows: where keys are split among CTAs, the rows of a tile (8, 16, ... 128), which the query heads of a KV head share; else 0.
+    split_rows: where keys are split among CTAs, the rows of a tile (ROWS_OF_SPLIT_TILES), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
 
@@ -58,8 +59,8 @@ class KernelSpec:
             raise ValueError(f"gqa_ratio is {self.gqa_ratio}; needed: 1 or more query heads for each key/value head")
         if self.mask not in MASKS:
             raise ValueError(f"mask is {self.mask!r}; needed: one of {', '.join(MASKS)}")
-        if self.split_rows not in (0, 8, 16, 32, 64, 128):
-            raise ValueError(f"split_rows is {self.split_rows}; needed: 0, 8, 16, 32, 64 or 128")
+        if self.split_rows not in (0, *ROWS_OF_SPLIT_TILES):
+            raise ValueError(f"split_rows is {self.split_rows}; needed: 0 or one of {', '.join(map(str, ROWS_OF_SPLIT_TILES))}")
         if (self.split_rows or self.page_rows) and not self.varlen:
             raise ValueError(f"varlen is {self.varlen}; needed: True where keys are split or lie in pages")
 

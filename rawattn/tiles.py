@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .spec import KernelSpec
+from .spec import ROWS_OF_SPLIT_TILES, KernelSpec
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block may use on Hopper
 SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
@@ -25,7 +25,8 @@ def slabs(dim: int) -> int:
 class Tile:
     """The shape of one CTA's work: tile_m query rows against blocks of tile_n keys.
 
-    Each consumer warpgroup owns 64 of the tile_m rows. K and V each have `stages` buffers of tile_n rows.
+    Each consumer warpgroup owns 64 of the tile_m rows; where the products are transposed, the only one owns all, 64 at most. K and V each
+    have `stages` buffers of tile_n rows.
     """
 
     tile_m: int
@@ -71,14 +72,10 @@ class Tile:
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-        carried = (
-            4 * self.tile_m * max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0
-        )  # the output of the splits so far, or factors
-        if self.transposed:
-            carried = (
-                4 * self.tile_m * (SLAB * slabs(spec.head_dim_v) + 2 * 4)
-            )  # whole slabs; what four warps tell each other of each row, twice
-        return CONTROL_BYTES + 2 * SLAB * (q + kv) + carried
+            floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # for each row: what is carried, in whole slabs; what four warps tell each other, twice
+        else:
+            floats = max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0  # the output of the splits so far, or factors
+        return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
 
 
 _ALL = ("full", "causal", "window")
@@ -143,7 +140,6 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "likewise")),
     (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "likewise: two stages of 64 KB and the carried output just fit")),
 )
-ROWS_OF_SPLIT_TILES = (8, 16, 32, 64, 128)
 
 
 def is_short(spec: KernelSpec, rows_q: int) -> bool:

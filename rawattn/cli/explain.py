@@ -54,19 +54,20 @@ def work(shape: Shape) -> Work:
     spec = shape.spec
     tile = tile_for(spec)
     first, last = shape.bounds()
-    rows = np.arange(0, shape.seqlen_q * spec.pack, spec.pack * (tile.tile_m // spec.pack))
-    end = np.minimum(rows // spec.pack + tile.tile_m // spec.pack, shape.seqlen_q) - 1
-    blocks = np.maximum(-(-last[end] // tile.tile_n) - first[rows // spec.pack] // tile.tile_n, 0)
+    queries = tile.tile_m // spec.pack
+    begin = np.arange(0, shape.seqlen_q, queries)
+    end = np.minimum(begin + queries, shape.seqlen_q) - 1
+    blocks = np.maximum(-(-last[end] // tile.tile_n) - first[begin] // tile.tile_n, 0)
     heads = shape.heads // spec.pack
     pairs = int(blocks.sum()) * tile.tile_m * tile.tile_n * shape.batch * heads
     depth = -(-shape.head_dim // 16) * 16  # an MMA takes 16 columns of Q and K at a time
     splits, of_all = 1, max(-(-int(last.max()) // tile.tile_n) - int(first.min()) // tile.tile_n, 0)
     split_blocks = of_all
     if spec.split_rows:
-        split_blocks = blocks_of_a_split(tile, len(rows) * heads, of_all)
+        split_blocks = blocks_of_a_split(tile, len(begin) * heads, of_all)
         splits = max(1, -(-of_all // split_blocks))
     width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
-    return Work(len(rows) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
+    return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
 
 
 @click.command()

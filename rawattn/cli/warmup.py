@@ -17,8 +17,8 @@ from dataclasses import replace
 import click
 
 from rawattn import compiler
-from rawattn.spec import MASKS, AppendSpec, KernelSpec
-from rawattn.tiles import ROWS_OF_SPLIT_TILES, is_short, split_rows, tile_for
+from rawattn.spec import MASKS, ROWS_OF_SPLIT_TILES, AppendSpec, KernelSpec
+from rawattn.tiles import is_short, split_rows, tile_for
 
 from .models import GEOMETRIES
 from .shapes import DTYPE_OF
