@@ -72,7 +72,7 @@ class Tile:
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-            floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # for each row: what is carried, in whole slabs; what four warps tell each other, twice
+            floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
         else:
             floats = max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0  # the output of the splits so far, or factors
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
