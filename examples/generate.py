@@ -11,8 +11,11 @@ Without a GPU it runs on NumPy and the float64 reference, slowly.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ SHAPES = {
     "qwen2.5-7b": Config(28, 3584, 18944, 28, 4, 128, 152064, 32768, norm_eps=1e-6, rope_theta=1000000.0, qkv_bias=True),
 }
 PROMPT_LENGTHS, BATCHES, STEPS = (2048, 8192), (1, 8, 32), 128
-ROUNDS = 2  # the first compiles; the faster counts
+ROUNDS = 5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,44 +126,44 @@ def measure(shape: str) -> dict[str, Any]:
         def prefill(model: Llama, prompt: Any = prompt, cache: Cache = first) -> None:
             model.logits(model.prefill(prompt, cache)[-1:])
 
-        times = {name: fastest(lambda model=model: prefill(model)) for name, model in models.items()}
+        times = in_turn({name: partial(prefill, model) for name, model in models.items()})
         prefill(models["whole"])
         add("prefill", f"prefill of {length}", length, times, tokens=length)
         for batch in BATCHES:
             cache = models["whole"].new_cache(batch, length + STEPS)
             for b in range(batch):
                 cache.k[:, b], cache.v[:, b] = first.k[:, 0], first.v[:, 0]
-            times = {}
-            for name, model in models.items():
-                decoder = Decoder(model, cache)
-                cache.lengths[...] = length
-                decoder.step()  # captures
 
-                def steps(decoder: Decoder = decoder, length: int = length) -> None:
-                    decoder.cache.lengths[...] = length
-                    for _ in range(STEPS):
-                        decoder.step()
+            def steps(decoder: Decoder, length: int = length) -> None:
+                decoder.cache.lengths[...] = length
+                for _ in range(STEPS):
+                    decoder.step()  # the first captures
 
-                times[name] = fastest(steps) / STEPS
+            decoders = {name: Decoder(model, cache) for name, model in models.items()}
+            times = in_turn({name: partial(steps, decoder) for name, decoder in decoders.items()})
+            times = {name: time / STEPS for name, time in times.items()}
             add("decode", f"a step of {batch} after {length} to {length + STEPS}", batch, times, batch=batch, context=length)
-            del decoder, steps, cache
+            del decoders, cache
             cp.get_default_memory_pool().free_all_blocks()
     return report
 
 
-def fastest(call: Any) -> float:
-    """Milliseconds on the GPU."""
+def in_turn(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Milliseconds that each takes on the GPU: medians, and the calls take turns, for the clock drifts."""
     import cupy as cp
 
-    times = []
-    for _ in range(ROUNDS):
-        start, stop = cp.cuda.Event(), cp.cuda.Event()
-        start.record()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         call()
-        stop.record()
-        stop.synchronize()
-        times.append(cp.cuda.get_elapsed_time(start, stop))
-    return min(times)
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start, stop = cp.cuda.Event(), cp.cuda.Event()
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times[name].append(cp.cuda.get_elapsed_time(start, stop))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def uniform(rows: int, columns: int) -> Any:

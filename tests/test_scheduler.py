@@ -360,7 +360,6 @@ WARP = """
 struct Number { int x; };
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
-constexpr uint64_t L2_EVICT_NORMAL = 0, L2_EVICT_FIRST = 1;
 
 static Number blockIdx, gridDim, threadIdx;
 static ucontext_t lanes[32], caller;

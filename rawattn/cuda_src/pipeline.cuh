@@ -45,7 +45,6 @@ constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
-constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // what no other tile reads leaves L2 first
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
@@ -311,6 +310,8 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
         if (to.lse != nullptr) *to.lse = NEGATIVE_INFINITY;
     }
 }
+
+constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // what no other tile reads leaves L2 first
 
 template <uint64_t L2_POLICY>
 __device__ __forceinline__ void load_slabs(
