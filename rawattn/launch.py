@@ -36,7 +36,7 @@ ARGUMENTS = np.dtype(
 # K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
 L2_BUDGET = 32 << 20
 SHORT = 1024
-PLACES_LIMIT, SPLITS_LIMIT = 1 << 30, 1 << 21  # of the list of tiles, of one sequence: what divide() of cuda_src/scheduler.cuh is right for
+PLACES_LIMIT, QUOTIENT_LIMIT = 1 << 30, 1 << 21  # of the list of tiles: what int and divide() of cuda_src/scheduler.cuh are right for
 ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
 OVERLAP_DRIVER = 12030  # the first CUDA whose graphs keep that a kernel may start while the one before it runs
@@ -255,12 +255,13 @@ class _Workspaces:
     """Where splits wait for the others of their tile, on one device: zeroed counters of arrivals, then the results.
 
     Each stream has one, which grows, and so has each stream of each capture, since a captured graph may be replayed at any time. They are
-    never given back.
+    never given back. Threads may share a stream: whoever asks for an address holds the lock until all that uses it is on the stream.
     """
 
     def __init__(self) -> None:
         import cupy
 
+        self.lock = threading.RLock()
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._of_stream: dict[Any, Any] = {}
@@ -352,10 +353,13 @@ class Plan:
         # Where only the device knows the lengths, an upper bound.
         tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
         multiprocessors = device.attributes["MultiProcessorCount"]
-        places = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS) if spec.split_rows else tiles + multiprocessors
-        if places >= PLACES_LIMIT or (spec.split_rows and m_blocks * (heads // spec.pack) * MAX_SPLITS >= SPLITS_LIMIT):
-            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
         ctas = grid(spec, batch, tiles, multiprocessors)
+        places, of_a_sequence, share = tiles + multiprocessors, m_blocks * (heads // spec.pack), 0
+        if spec.split_rows:
+            places, of_a_sequence = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS), of_a_sequence * MAX_SPLITS
+            share = -(-places // max(ctas, 1))
+        if places >= PLACES_LIMIT or (spec.varlen and max(of_a_sequence, share) >= QUOTIENT_LIMIT):
+            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
         self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
@@ -396,15 +400,17 @@ class Plan:
             self._mapped = rows
         pointers = self._pointers
         pointers[0], pointers[1] = out, lse
-        if self._workspaces is None:
-            pointers[2] = self._counters.address(stream)
-        else:
-            arrivals = self._workspaces.address(stream, self.workspace_bytes)
-            pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
         if self._lengths:
             for place, address in zip(self._lengths, addresses[3:], strict=True):
                 pointers[place] = address
-        self._kernel.launch(stream)
+        if self._workspaces is None:
+            pointers[2] = self._counters.address(stream)
+            self._kernel.launch(stream)
+            return
+        with self._workspaces.lock:
+            arrivals = self._workspaces.address(stream, self.workspace_bytes)
+            pointers[9:] = [arrivals, arrivals + self._outs_offset, arrivals + ARRIVALS_BYTES]
+            self._kernel.launch(stream)
 
 
 # struct Rows and struct Arguments of cuda_src/append_kv.cu
@@ -423,7 +429,6 @@ APPEND_ARGUMENTS = np.dtype(
     ]
 )
 APPEND_THREADS = 128
-_appending = threading.Lock()  # the two kernels of a call follow one another on their stream, whatever other threads do
 
 
 class CachePlan:
@@ -476,11 +481,10 @@ class CachePlan:
         tokens = q.shape[-3] * (1 if ragged else batch)
         warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
         self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
-        self._workspaces: _Workspaces | None = None
-        if cos:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
-            import cupy
+        import cupy
 
-            self._workspaces = _workspaces(cupy.cuda.Device().id)
+        self._workspaces, self._rotated_q_offset = _workspaces(cupy.cuda.Device().id), 0
+        if cos:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
             self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
             self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
 
@@ -489,8 +493,8 @@ class CachePlan:
         if self._append is None:
             self._attend(stream, out, lse, at)
             return
-        with _appending:
-            if self._workspaces is not None:
+        with self._workspaces.lock:
+            if self._rotated_q_offset:
                 # Asked for before the attention asks for less, since one that grows moves.
                 at["rotated_q"] = self._workspaces.address(stream, self._workspace_bytes) + self._rotated_q_offset
             self._row_pointers[:] = [at.get(name, 0) for name in _APPEND_ROWS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gpu_support
@@ -373,6 +374,20 @@ def test_each_of_many_steps_sees_what_it_appends_itself(rows: int, rotary: int |
             assert all(bool((x == 7).all()) for x in others)
     own.synchronize()
     assert same_bits(outs, expected)
+
+
+def test_threads_that_share_a_stream() -> None:
+    """One appends and rotates, which uses a workspace in two kernels; one decodes in a larger one. Each has the bits of its calls alone."""
+    calls = [make("128", [0, 300], 100, rotary=128), make("128, 32 to 1", [500] * 7, 3, append=False)]
+    expected = [rawattn.attention_with_kvcache(**fresh(call)) for call in calls]
+
+    def repeated(call: dict[str, Any]) -> list[Any]:
+        return [rawattn.attention_with_kvcache(**call) for _ in range(100)]  # appending again writes the same rows
+
+    cp.cuda.Device().synchronize()
+    with ThreadPoolExecutor(2) as pool:
+        for outs, alone in zip(pool.map(repeated, calls), expected, strict=True):
+            assert all(same_bits(out, alone) for out in outs)
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
