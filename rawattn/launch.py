@@ -325,7 +325,6 @@ class Plan:
 
         tile = tile_for(spec)
         device = cupy.cuda.Device()
-        self._counters = _tile_counters(device.id)
 
         # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
         storage = np.zeros(ARGUMENTS.itemsize + 128, np.uint8)
@@ -390,6 +389,8 @@ class Plan:
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self.workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
             self._workspaces = _workspaces(device.id)
+        else:
+            self._counters = _tile_counters(device.id)
 
     def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
         """Starts the kernel on the stream of that handle. `addresses` are those of q, k, v and `lengths`; lse is 0 for none."""
