@@ -241,6 +241,17 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] = 0.0f;
         Softmax softmax;
         softmax.reset();
+        float inverse[2], lse[2];
+        Destination to[2];
+        const auto find_end = [&] {  // of a whole tile; under its last P V, which does not need it
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                normalise(softmax.max[r], softmax.sum[r], args.scale_log2, inverse[r], lse[r]);
+                to[r] = destination(args, tile, thread_row + 8 * r);
+            }
+            pin(inverse);
+            pin(lse);
+        };
         const bool is_last_of_q = !SPLIT || tile.split == tile.run_end - 1;
         if (!SPLIT || tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
@@ -298,7 +309,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 wgmma_wait<1>();
                 pin(scores);
                 release_k();
-                if constexpr (decltype(masked)::value) hide_masked(scores);
+                if constexpr (BOUND_LEFT) {
+                    if (block >= blocks.full_end || block < blocks.full_begin) hide_masked(scores);
+                } else if constexpr (decltype(masked)::value) {
+                    hide_masked(scores);
+                }
                 softmax.raise_max(scores, args.scale_log2, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();
@@ -309,19 +324,20 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pack_probs();
             };
             --block;
-            if constexpr (BOUND_RIGHT)
+            if constexpr (BOUND_RIGHT && !BOUND_LEFT)
                 for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
-            for (; block >= (BOUND_LEFT ? max(blocks.begin, blocks.full_begin) : blocks.begin); --block) step(Constant<0>{});
-            if constexpr (BOUND_LEFT)
-                for (; block >= blocks.begin; --block) step(Constant<1>{});
+            for (; block >= blocks.begin; --block) step(Constant<0>{});
 
             if (!PING_PONG) rescale_rows(output, rescale);
             start_output(output, probs);
+            softmax.reduce();
+            if constexpr (!SPLIT) find_end();
+            const Mask mask = tile_mask(args, tile);
+            const bool few_keys = mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS;
             finish_output();
             // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost in their last block,
             // which holds all their keys unless a window makes them straddle two.
-            const Mask mask = tile_mask(args, tile);
-            if (mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS) {
+            if (few_keys) {
 #pragma unroll
                 for (int i = 0; i < TILE_N / 4; ++i) {
                     float low, high;
@@ -334,17 +350,13 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             release_v();
         }
 
-        softmax.reduce();
         bool is_done = true;
         if constexpr (SPLIT) {
             if (tile.splits > 1) is_done = join_splits(args, tile, warpgroup, output, softmax, carried, carried_states, buffers.is_last);
+            if (is_done) find_end();
         }
         if (is_done) {
-            float inverse[2], lse[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) normalise(softmax.max[r], softmax.sum[r], args.scale_log2, inverse[r], lse[r]);
             scale_rows(output, inverse);
-            const Destination to[2] = {destination(args, tile, thread_row), destination(args, tile, thread_row + 8)};
             __syncwarp();
             if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
             store_output(output, to);

@@ -28,7 +28,7 @@ struct RowStates {
 
 // A row's output is to be multiplied by `inverse`; `lse` is its log-sum-exp. A row without a key has output 0 and LSE -inf; a NaN stays one.
 __device__ __forceinline__ void normalise(float max, float sum, float scale_log2, float& inverse, float& lse) {
-    inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    inverse = sum == 0.0f ? 0.0f : reciprocal_approx(sum);
     lse = sum == 0.0f ? NEGATIVE_INFINITY : fmaf(exponent_offset(max, scale_log2), LN2, logf(sum));
 }
 
