@@ -36,6 +36,7 @@ from rawattn.cli.check import judge
 from rawattn.cli.info import machine
 from rawattn.cli.shapes import Shape
 from rawattn.spec import AppendSpec, KernelSpec
+from rawattn.tiles import launch_variants
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SEQUENCES, LONGEST = 64, 32768
@@ -79,7 +80,7 @@ def variants() -> list[KernelSpec | AppendSpec]:
     shapes += [prefill(*dims, causal) for pair, larger in DIMS.items() for dims in (pair, (larger, larger)) for causal in (True, False)]
     shapes += [prefill(DIM, DIM, True, 16384, WINDOW), prompts(1, PROMPTS[1])]
     packed = replace(prompts(1, PROMPTS[1]).spec, varlen=True)
-    return list(dict.fromkeys([*(shape.spec for shape in shapes), packed, AppendSpec("bfloat16")]))
+    return list(dict.fromkeys([*(spec for shape in shapes for spec in launch_variants(shape.spec)), packed, AppendSpec("bfloat16")]))
 
 
 def build() -> None:

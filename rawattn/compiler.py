@@ -32,6 +32,7 @@ OPTIONS = (
 )
 OLDEST_NVRTC = (12, 3)
 SLOW_COMPILE_SECONDS = 0.5
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # of enum CUfunction_attribute in cuda.h, which CuPy does not name
 CUBIN_NAME = re.compile(r"\w+\.[0-9a-f]{20}\.cubin", re.ASCII)
 TEMPORARY_NAME = re.compile(CUBIN_NAME.pattern + r"\w{8}\.tmp", re.ASCII)
 
@@ -84,12 +85,13 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "CONSUMER_REGISTERS": consumer_registers,
         "PACK": spec.pack,
         "SPLIT": spec.split_rows > 0,
+        "CLUSTER": spec.cluster,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
         "FEWEST_SPLITS": tile.fewest_splits,
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
         "PAGE_ROWS": spec.page_rows,
-        "KV_READ_ONCE": tile.transposed,
+        "TRANSPOSED": tile.transposed,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),
         "VARLEN": spec.varlen,
@@ -99,8 +101,9 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
     if tile.transposed:
-        scores = _wgmma("wgmma_scores", tile.tile_m, element, "1, 1, 0, 0")
-        output = _wgmma("wgmma_output", tile.tile_m, element, "1, 1, 1, 0")
+        rows = tile.tile_m // tile.consumer_warpgroups
+        scores = _wgmma("wgmma_scores", rows, element, "1, 1, 0, 0")
+        output = _wgmma("wgmma_output", rows, element, "1, 1, 1, 0")
     else:
         # The overload for half a block serves the diagonal.
         scores = "".join(_wgmma("wgmma_scores", n, element, "1, 1, 0, 0") for n in (tile.tile_n, tile.tile_n // 2))
@@ -398,6 +401,8 @@ def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
     if isinstance(spec, KernelSpec):
         size = tile_for(spec).shared_memory_bytes(spec)
         driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+        if spec.cluster:
+            driver.funcSetAttribute(kernel.ptr, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     return kernel
 
 

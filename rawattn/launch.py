@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, tile_for
+from .tiles import MAX_SPLITS, SLAB, cache_spec, cluster_size, grid, tile_for
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -42,7 +42,7 @@ ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for eac
 OVERLAP_DRIVER = 12030  # the first CUDA whose graphs keep that a kernel may start while the one before it runs
 
 # Enums of cuda.h
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 3, 0
 
@@ -69,17 +69,23 @@ class _BoundKernel:
     """A kernel with all that a launch needs but the stream. Its argument is a struct in host memory, taken as it is at the launch.
 
     CuPy's own call of a kernel ends in the same function of the driver, after it has looked at each argument anew. One that `overlaps` may
-    start while the kernel before it on the stream runs: it waits itself before it reads what that one writes.
+    start while the kernel before it on the stream runs: it waits itself before it reads what that one writes. The CTAs are
+    in clusters of `cluster`, unless that is 0.
     """
 
-    def __init__(self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray, overlaps: bool = False):
+    def __init__(
+        self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray, overlaps: bool = False, cluster: int = 0
+    ):
         from cupy.cuda import driver, runtime
 
         self._kept = kernel, argument
         self._parameters = (ctypes.c_void_p * 1)(argument.ctypes.data)
         self._address = ctypes.addressof(self._parameters)
+        attributes: list[tuple[int, ...]] = [(_CLUSTER_DIMENSION, cluster, 1, 1)] if cluster else []
         if overlaps and runtime.driverGetVersion() >= OVERLAP_DRIVER:
-            self._launch = _overlapping_launch(kernel.ptr, grid, threads, shared_memory)
+            attributes.append((_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        if attributes:
+            self._launch = _launch_with(attributes, kernel.ptr, grid, threads, shared_memory)
         else:
             self._launch = functools.partial(driver.launchKernel, kernel.ptr, grid, 1, 1, threads, 1, 1, shared_memory)
         self._error = driver.CUDADriverError
@@ -94,31 +100,49 @@ class _BoundKernel:
             self._launch(stream, self._address, 0)
 
 
+_LaunchAttribute = ctypes.c_uint32 * 18  # CUlaunchAttribute of cuda.h: its id, 4 bytes of padding, a value of 64 bytes
+
+
 class _LaunchConfig(ctypes.Structure):
     _fields_ = [  # CUlaunchConfig of cuda.h
         ("sizes", ctypes.c_uint32 * 7),  # grid, block, bytes of shared memory
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(ctypes.c_uint32 * 18)),  # CUlaunchAttribute: its id, 4 bytes of padding, a value of 64 bytes
+        ("attributes", ctypes.c_void_p),
         ("attribute_count", ctypes.c_uint32),
     ]
 
 
-def _overlapping_launch(function: int, grid: int, threads: int, shared_memory: int) -> Callable[[int, int, int], None]:
-    """driver.launchKernel with these, as a programmatic dependent launch, which CuPy has no function for."""
+def _launch_config(attributes: list[tuple[int, ...]], grid: int, threads: int, shared_memory: int) -> tuple[_LaunchConfig, Any]:
+    """A launch with attributes, each an id and its value's words; and what must live as long."""
+    kept = (_LaunchAttribute * len(attributes))(*[_LaunchAttribute(number, 0, *value) for number, *value in attributes])
+    return _LaunchConfig((grid, 1, 1, threads, 1, 1, shared_memory), None, ctypes.addressof(kept), len(kept)), kept
+
+
+def _launch_with(
+    attributes: list[tuple[int, ...]], function: int, grid: int, threads: int, shared_memory: int
+) -> Callable[[int, int, int], None]:
+    """driver.launchKernel with these and with launch attributes, which CuPy has no function for."""
     from cupy.cuda import driver
 
     launch = _driver("cuLaunchKernelEx")
-    attribute = (ctypes.c_uint32 * 18)(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-    config = _LaunchConfig((grid, 1, 1, threads, 1, 1, shared_memory), None, ctypes.pointer(attribute), 1)
+    config, kept = _launch_config(attributes, grid, threads, shared_memory)
     at, kernel = ctypes.byref(config), ctypes.c_void_p(function)
 
-    def start(stream: int, parameters: int, extra: int) -> None:
+    def start(stream: int, parameters: int, extra: int, kept: Any = kept) -> None:
         config.stream = stream
         status = launch(at, kernel, ctypes.c_void_p(parameters), ctypes.c_void_p(extra))
         if status != 0:
             raise driver.CUDADriverError(status)
 
     return start
+
+
+def _clusters_at_once(function: int, cluster: int, threads: int, shared_memory: int) -> int:
+    """How many clusters of so many CTAs the GPU has room for, or a part of one that MIG made; none where no GPC has so many SMs."""
+    number = ctypes.c_int()
+    config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], cluster, threads, shared_memory)
+    _driver("cuOccupancyMaxActiveClusters")(ctypes.byref(number), ctypes.c_void_p(function), ctypes.byref(config))
+    return number.value
 
 
 @functools.cache
@@ -352,14 +376,21 @@ class Plan:
         # Where only the device knows the lengths, an upper bound.
         tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
         multiprocessors = device.attributes["MultiProcessorCount"]
-        ctas = grid(spec, batch, tiles, multiprocessors)
+        cluster = cluster_size(spec, tiles, heads // spec.pack, rows_k, multiprocessors)
+        if cluster:
+            clustered = replace(spec, cluster=True)
+            if tiles <= _clusters_at_once(load(clustered).ptr, cluster, tile.threads, tile.shared_memory_bytes(clustered)):
+                spec = clustered
+            else:
+                cluster = 0
+        ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
         places, of_a_sequence, share = tiles + multiprocessors, m_blocks * (heads // spec.pack), 0
         if spec.split_rows:
             places, of_a_sequence = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS), of_a_sequence * MAX_SPLITS
             share = -(-places // max(ctas, 1))
         if places >= PLACES_LIMIT or (spec.varlen and max(of_a_sequence, share) >= QUOTIENT_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
-        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps)
+        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
         heads_per_group = 1
@@ -380,7 +411,10 @@ class Plan:
 
         self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None
+        self._counters: _TileCounters | None = None
         self.workspace_bytes = 0
+        if cluster:
+            return  # splits meet in shared memory
         if spec.split_rows:
             partial_rows = min(tile_rows, rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
@@ -405,7 +439,8 @@ class Plan:
             for place, address in zip(self._lengths, addresses[3:], strict=True):
                 pointers[place] = address
         if self._workspaces is None:
-            pointers[2] = self._counters.address(stream)
+            if self._counters is not None:
+                pointers[2] = self._counters.address(stream)
             self._kernel.launch(stream)
             return
         with self._workspaces.lock:

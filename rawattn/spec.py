@@ -34,6 +34,7 @@ class KernelSpec:
     split_rows: where keys are split among CTAs, the rows of a tile (ROWS_OF_SPLIT_TILES), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
+    cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_size).
 
     >>> KernelSpec("bfloat16", 128, 128, 4, "causal").name
     'attn_fwd_bf16_d128_gqa4_causal'
@@ -48,6 +49,7 @@ class KernelSpec:
     split_rows: int = 0
     page_rows: int = 0
     short: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -63,6 +65,8 @@ class KernelSpec:
             raise ValueError(f"split_rows is {self.split_rows}; needed: 0 or one of {', '.join(map(str, ROWS_OF_SPLIT_TILES))}")
         if (self.split_rows or self.page_rows) and not self.varlen:
             raise ValueError(f"varlen is {self.varlen}; needed: True where keys are split or lie in pages")
+        if self.cluster and not self.split_rows:
+            raise ValueError(f"cluster is {self.cluster}; needed: False where keys are not split")
 
     @property
     def pack(self) -> int:
@@ -79,4 +83,5 @@ class KernelSpec:
         parts += [f"split{self.split_rows}"] if self.split_rows else []
         parts += [f"page{self.page_rows}"] if self.page_rows else []
         parts += ["short"] if self.short else []
+        parts += ["cluster"] if self.cluster else []
         return "_".join(parts)

@@ -13,6 +13,7 @@ CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
+PORTABLE_CLUSTER = 8  # CTAs; larger ones have few places where all their SMs are near each other
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -25,8 +26,8 @@ def slabs(dim: int) -> int:
 class Tile:
     """The shape of one CTA's work: tile_m query rows against blocks of tile_n keys.
 
-    Each consumer warpgroup owns 64 of the tile_m rows; where the products are transposed, the only one owns all, 64 at most. K and V each
-    have `stages` buffers of tile_n rows.
+    Each consumer warpgroup owns 64 of the tile_m rows; where the products are transposed, one owns up to 16, and two share up to 64.
+    K and V each have `stages` buffers of tile_n rows.
     """
 
     tile_m: int
@@ -47,7 +48,7 @@ class Tile:
 
     @property
     def consumer_warpgroups(self) -> int:
-        return 1 if self.transposed else self.tile_m // 64
+        return (2 if self.tile_m > 16 else 1) if self.transposed else self.tile_m // 64
 
     def most_splits(self, tiles: int) -> int:
         """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
@@ -73,8 +74,9 @@ class Tile:
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
             floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
+            floats += 2 * 2 if spec.cluster else 0  # maximum and sum of two splits
         else:
-            floats = max(spec.head_dim_v, 2 * MAX_SPLITS) if spec.split_rows else 0  # the output of the splits so far, or factors
+            floats = spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
 
 
@@ -94,6 +96,13 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         64,
         ("causal",),
         Tile(192, 128, 2, 4, (32, 160), False, "as full; warpgroups that the diagonal lets run ahead find more blocks loaded"),
+    ),
+    (80, 80, _ALL, Tile(192, 112, 1, 3, (32, 160), False, "three warpgroups as for 64, with as many keys as their registers hold")),
+    (
+        112,
+        112,
+        _ALL,
+        Tile(192, 96, 1, 3, (32, 160), False, "likewise; 128x128 is up to 8% faster for 1024 queries or fewer, else as much slower"),
     ),
     (
         128,
@@ -175,7 +184,30 @@ def cache_spec(
 
 def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
     """Where keys are split: how many of the `blocks` of keys of a sequence each split of its `tiles` has, as Places::split says."""
-    return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, blocks // 4)))
+    return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, -(-blocks // 4))))
+
+
+def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> int:
+    """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits is shared out instead.
+
+    That is so where keys are few enough for one split, and where the clusters of a call's `tiles` would not all be on the GPU at once. A
+    sequence has `keys` keys at most, so that the lengths, which only the device knows, have no say.
+    """
+    tile = tile_for(spec)
+    if not tile.transposed:
+        return 0
+    blocks = -(-keys // tile.tile_n)  # at most; fewer have no more splits than these, by blocks_of_a_split:
+    splits = min(tile.most_splits(tiles_of_sequence), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
+    most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
+    size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
+    while size // 2 >= fewest and tiles * size > multiprocessors:
+        size //= 2
+    return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
+
+
+def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
+    """`spec`, and its variant for clusters if a launch may take that instead."""
+    return (spec, replace(spec, cluster=True)) if tile_for(spec).transposed else (spec,)
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import multiprocessing
+import os
 import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from rawattn import reference
+from rawattn import compiler, reference
+from rawattn.spec import KernelSpec
 
 cp = pytest.importorskip("cupy")
 
@@ -192,6 +196,22 @@ def assert_right(out: Any, lse: Any, q: Any, k: Any, v: Any, masks: dict[str, An
         assert_lse_close(lse, expected_lse)
     except AssertionError as error:
         raise AssertionError(f"q {q.shape}, k {k.shape}, v {v.shape}: {error}") from None
+
+
+# ---- variants
+
+
+def compile_in_parallel(variants: list[KernelSpec], config: pytest.Config) -> None:
+    """In processes, showing how far it is. One that fails fails again, with its log, in its own test."""
+    specs = list(dict.fromkeys(variants))
+    capture = config.pluginmanager.getplugin("capturemanager")
+    workers = min(os.cpu_count() or 1, len(specs))
+    with capture.global_and_fixture_disabled(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        failed = 0
+        for done, future in enumerate(as_completed([pool.submit(compiler.build, spec) for spec in specs]), start=1):
+            failed += future.exception() is not None
+            if done % 20 == 0 or done == len(specs):
+                print(f"\n{done} of {len(specs)} variants compiled, {failed} failed", end="", flush=True)
 
 
 # ---- frameworks

@@ -20,13 +20,14 @@ import numpy as np
 import rawattn
 from rawattn import compiler
 from rawattn.spec import AppendSpec, KernelSpec
-from rawattn.tiles import SPLIT_TABLE, TABLE, split_rows, tile_for
+from rawattn.tiles import SPLIT_TABLE, TABLE, cluster_size, launch_variants, split_rows, tile_for
 
 MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": (70, 9)}}
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 HEADS, KV_HEADS = 4, 2
 QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
 LENGTHS, CAPACITY = (0, 1, 65, 500), 592  # keys in the cache
+TIMES = (1, 7, 17)  # as many sequences of each length: a cluster's CTA has one split, two, or there are no clusters
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -83,7 +84,12 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    report(f"{spec.name} read", rawattn.attention_with_kvcache(q, **cache(spec), **masks, return_lse=True)[0])
+    for times in TIMES if tile_for(spec).transposed else (1,):
+        clusters = cluster_size(spec, times * batch * KV_HEADS, KV_HEADS, CAPACITY, cp.cuda.Device().attributes["MultiProcessorCount"])
+        assert not tile_for(spec).transposed or (clusters > 0) == (times < TIMES[-1])
+        many = cp.concatenate([q] * times)
+        out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec), times), **masks, return_lse=True)
+        report(f"{spec.name} read by {len(many)}, {clusters} CTAs a cluster", out)
     k, v = (array(rows, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
     cos_sin = array(CAPACITY, 1, 16, spec.dtype, 2)
     masks |= {"rotary_cos": cos_sin[0, :, 0], "rotary_sin": cos_sin[1, :, 0]}
@@ -111,9 +117,18 @@ def cache(spec: KernelSpec) -> dict[str, Any]:
     return arguments
 
 
+def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
+    """`times` as many sequences that read the same rows or pages."""
+    if "page_table" not in arguments:
+        arguments["cache_batch_idx"] = cp.arange(len(LENGTHS), dtype=np.int32)
+    return {name: x if name in ("k_cache", "v_cache") else cp.concatenate([x] * times) for name, x in arguments.items()}
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--build"]:
-        variants: list[KernelSpec | AppendSpec] = [*specs(), *split_specs(), *map(AppendSpec, DTYPES)]
+        variants: list[KernelSpec | AppendSpec] = [*specs(), *map(AppendSpec, DTYPES)]
+        for spec in split_specs():
+            variants += launch_variants(spec)
         for variant in variants:
             print(compiler.build(variant))
     else:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -536,14 +537,27 @@ def test_explain_of_a_paged_decode_shows_packed_heads_and_splits(no_gpu: None, c
     result = run("explain", "--model", "llama-3.1-8b", "--page-size", 48, "--batch", 2)
     assert result.exit_code == 0, result.output
     lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
-    spec = KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, page_rows=16)  # the only query sees all keys
+    spec = KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, page_rows=16, cluster=True)  # the only query sees all keys
     tile = tile_for(spec)
     assert compiles == [spec] and lines["call"] == "bf16 32/8 D128 B2 S1/4096 causal pages of 48"
     assert lines["tile"].startswith(f"8 rows, 2 queries of 4 heads each, x {tile.tile_n} keys")
     split = blocks_of_a_split(tile, 8, 4096 // tile.tile_n) * tile.tile_n  # a tile for each KV head
     assert lines["splits"].startswith(f"of {split} keys") and lines["pages"] == "of 48 keys, 16 loaded at a time"
+    assert lines["grid"].startswith("128 CTAs, 8 a cluster, on 132 SMs")
     assert f"16 tiles of {-(-4096 // split)} splits" in lines["grid"]
     assert lines["predicted bound"].startswith("memory, 3,350 GB/s")
+
+
+def test_explain_of_many_sequences_has_no_cluster(no_gpu: None, compiles: list[KernelSpec]) -> None:
+    result = run("explain", "--model", "llama-3.1-8b", "--kv-cache", "--batch", 64)
+    assert compiles == [KernelSpec("bfloat16", 128, 128, 4, "full", True, 8)]
+    assert "264 CTAs on 132 SMs" in result.stdout and "cluster" not in result.stdout
+
+
+def test_a_cache_in_pages_holds_whole_ones() -> None:
+    shape = Shape("bf16", 1, 1, 300, 8, 8, 128, 128, causal=True, cache=True)
+    (spec, size), (paged, size_of_paged) = (explain.launched(replace(shape, page_size=n), 132) for n in (0, 4096))
+    assert size == 4 < size_of_paged and (spec.page_rows, paged.page_rows) == (0, 64)
 
 
 @pytest.mark.parametrize(("rows_q", "page_size", "mask"), [(1, 0, "causal"), (1, 48, "causal"), (3, 16, "window"), (4000, 16, "full")])
@@ -577,6 +591,8 @@ def test_explain_without_nvrtc_says_so_and_goes_on(no_gpu: None, monkeypatch: py
 def test_source_is_that_of_the_compiler() -> None:
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--source")
     assert result.stdout == compiler.source(KernelSpec("bfloat16", 64, 64, 4, "full")) + "\n"
+    result = run("explain", "--head-dim", 64, "--gqa", 4, "--kv-cache", "--source")
+    assert result.stdout == compiler.source(KernelSpec("bfloat16", 64, 64, 4, "full", True, 8, cluster=True)) + "\n"
 
 
 def test_sass_comes_from_the_disassembler(compiles: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,15 @@ def split_specs() -> Iterator[KernelSpec]:
             yield KernelSpec(dtype, head_dim, head_dim_v, 4, mask, True, tile.tile_m, rows)
 
 
-SPECS = PLAIN + list(split_specs())
+def cluster_specs() -> Iterator[KernelSpec]:
+    """Each row that may have clusters: masks in turn, one dtype without pages and the other with some."""
+    rows = [row for row in SPLIT_TABLE if row[-1].transposed]
+    for number, ((head_dim, head_dim_v, tile), mask) in enumerate(zip(rows, itertools.cycle(MASKS), strict=False)):
+        for dtype, page_rows in zip(DTYPES, (0, 16) if number % 2 else (16, 0), strict=True):
+            yield KernelSpec(dtype, head_dim, head_dim_v, 4, mask, True, tile.tile_m, page_rows, cluster=True)
+
+
+SPECS = [*PLAIN, *split_specs(), *cluster_specs()]
 
 
 def register_limit(spec: KernelSpec) -> int:
@@ -54,16 +62,17 @@ def shared_memory_limit(spec: KernelSpec) -> int:
 def row(spec: KernelSpec, report: CompileReport) -> str:
     tile = tile_for(spec)
     return (
-        f"{spec.name:52} {tile.tile_m:4}x{tile.tile_n:<4} {tile.stages:6} {report.registers:5}/{register_limit(spec):<5} "
+        f"{spec.name:60} {tile.tile_m:4}x{tile.tile_n:<4} {tile.stages:6} {report.registers:5}/{register_limit(spec):<5} "
         f"{report.spill_bytes:6} {report.stack_bytes:6} {tile.shared_memory_bytes(spec):7} {len(report.warnings):9} {report.seconds:7.2f}"
     )
 
 
-HEADER = f"{'variant':52} {'tile':9} stages registers    spill  stack  shared  warnings seconds"
+HEADER = f"{'variant':60} {'tile':9} stages registers    spill  stack  shared  warnings seconds"
 
 
 def test_every_row_of_the_table_is_reached() -> None:
     assert {id(tile_for(spec)) for spec in SPECS} == {id(tile) for *_, tile in (*TABLE, *SPLIT_TABLE, (SHORT_TILE,))}
+    assert {id(tile_for(spec)) for spec in SPECS if spec.cluster} == {id(tile) for *_, tile in SPLIT_TABLE if tile.transposed}
     assert len(set(SPECS)) == len(SPECS)
 
 

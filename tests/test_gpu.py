@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import multiprocessing
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from gpu_support import (
     assert_close,
     assert_lse_close,
     assert_right,
+    compile_in_parallel,
     jax_on_gpu,
     normal,
     packed_qkv,
@@ -38,7 +36,7 @@ from gpu_support import (
 )
 
 import rawattn
-from rawattn import compiler, reference
+from rawattn import reference
 from rawattn.attention import FEW_QUERIES
 from rawattn.spec import KernelSpec
 from rawattn.tiles import tile_for
@@ -166,16 +164,7 @@ NAN_SPECS = [KernelSpec("bfloat16", 128, 128, 4, mask) for mask in MASKS]
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(request: pytest.FixtureRequest) -> None:
-    """Compile all variants in parallel processes, showing how far it is. One that fails fails again, with its log, in its own test."""
-    specs = list(dict.fromkeys([*VARIANTS, *DENSE.values(), *VARLEN.values(), *NAN_SPECS]))
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    workers = min(os.cpu_count() or 1, len(specs))
-    with capture.global_and_fixture_disabled(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        failed = 0
-        for done, future in enumerate(as_completed([pool.submit(compiler.build, spec) for spec in specs]), start=1):
-            failed += future.exception() is not None
-            if done % 20 == 0 or done == len(specs):
-                print(f"\n{done} of {len(specs)} variants compiled, {failed} failed", end="", flush=True)
+    compile_in_parallel([*VARIANTS, *DENSE.values(), *VARLEN.values(), *NAN_SPECS], request.config)
 
 
 def make(spec: KernelSpec, batch: int, rows_q: int, rows_k: int, heads_k: int) -> tuple[Any, Any, Any]:

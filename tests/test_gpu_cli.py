@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rawattn.cli import main, timing
+import rawattn
+from rawattn import compiler, launch
+from rawattn.cli import explain, main, timing
 from rawattn.cli.shapes import Shape
+from rawattn.spec import KernelSpec
+
+cp = pytest.importorskip("cupy")
 
 pytestmark = pytest.mark.gpu
 
@@ -69,6 +74,22 @@ def test_inputs_are_normal_and_the_same_each_time() -> None:
     assert float((abs(values) < 1).mean()) == pytest.approx(0.6827, abs=2e-3)
     k = timing.inputs(shape)[1].astype(np.float32)
     assert abs(float((values * k).mean())) < 2e-3  # of another stream of numbers
+
+
+@pytest.mark.parametrize("batch", [1, 80])
+def test_explain_shows_the_variant_that_is_launched(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    loaded: list[KernelSpec] = []
+
+    def recorded(spec: KernelSpec) -> Any:
+        loaded.append(spec)
+        return compiler.load(spec)
+
+    monkeypatch.setattr(launch, "load", recorded)
+    shape = Shape("fp16", batch, 1, 777, 8, 2, 128, 128, causal=True, cache=True)
+    q, k, v = (cp.zeros((batch, rows, heads, 128), np.float16) for rows, heads in ((1, 8), (777, 2), (777, 2)))
+    rawattn.attention_with_kvcache(q, k, v, cache_seqlens=cp.full(batch, 700, np.int32))
+    spec, cluster = explain.launched(shape, cp.cuda.Device().attributes["MultiProcessorCount"])
+    assert loaded == [spec] and (cluster > 0) == (batch == 1)
 
 
 def test_explain_counts_the_sms_of_this_gpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,10 +10,24 @@ from typing import Any
 import gpu_support
 import numpy as np
 import pytest
-from gpu_support import ENOUGH_ELEMENTS, assert_close, assert_lse_close, normal, poisoned, same_bits, strides_of, torch_on_gpu
+from gpu_support import (
+    ENOUGH_ELEMENTS,
+    assert_close,
+    assert_lse_close,
+    compile_in_parallel,
+    normal,
+    poison,
+    poisoned,
+    same_bits,
+    strides_of,
+    torch_on_gpu,
+    untouched_outside,
+)
 
 import rawattn
 from rawattn import reference
+from rawattn.spec import KernelSpec
+from rawattn.tiles import cache_spec, cluster_size, launch_variants
 
 cp = pytest.importorskip("cupy")
 
@@ -31,12 +46,43 @@ GEOMETRIES = {
 KV_HEADS = 2
 CAPACITY = 640
 LENGTHS = (0, 1, 63, 64, 65, 127, 129, 500, CAPACITY)
+MANY = 8  # times LENGTHS: more tiles than can have clusters
 NO_PAGE = 2**31 - 1
+
+# The same, and as many queries as make tiles of 8, 16, 32 and 64 rows.
+DECODES = {
+    "64, 8 rows": (("float16", 64, 64, 4), 1),
+    "64, 16 rows": (("bfloat16", 64, 64, 8), 2),
+    "64, 32 rows": (("bfloat16", 64, 64, 1), 17),
+    "64, 64 rows": (("float16", 64, 64, 32), 2),
+    "128, 8 rows, 1 to 1": (("bfloat16", 128, 128, 1), 1),
+    "128, 8 rows, 4 to 1": (("bfloat16", 128, 128, 4), 2),
+    "128, 8 rows, 7 to 1": (("float16", 128, 128, 7), 1),
+    "128, 16 rows": (("float16", 128, 128, 7), 2),
+    "128, 32 rows": (("float16", 128, 128, 32), 1),
+    "128, 64 rows": (("bfloat16", 128, 128, 8), 8),
+    "256, 8 rows": (("float16", 256, 256, 8), 1),
+    "256, 16 rows": (("bfloat16", 256, 256, 4), 4),
+    "256, 32 rows": (("bfloat16", 256, 256, 7), 4),
+}
+GEOMETRY_OF = GEOMETRIES | {name: geometry for name, (geometry, _) in DECODES.items()}
+DECODE_LENGTHS = (0, 1, 64, 129, 500, 512, 2047, 8192)
+EVERYONE = list(range(len(DECODE_LENGTHS)))
 
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
     gpu_support.seed(request.node.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request: pytest.FixtureRequest) -> None:
+    """What the decode steps call for."""
+    variants: list[KernelSpec] = []
+    for (dtype, dim, dim_v, ratio), rows in DECODES.values():
+        for page_size in (0, 16):
+            variants += launch_variants(cache_spec(dtype, dim, dim_v, ratio, KV_HEADS, "causal", rows, page_size))
+    compile_in_parallel(variants, request.config)
 
 
 # ---- calls
@@ -57,23 +103,24 @@ def make(
     leftpad: list[int] | None = None,
     rotary: int | None = None,
     interleaved: bool = False,
+    capacity: int = CAPACITY,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments of a call. `lengths` are of the cache; `rows` of q, a list if they are ragged.
 
     All memory of the caches that holds no key is NaN, and so is that around them; table entries of pages that are not used are huge.
     """
-    dtype, dim, dim_v, ratio = GEOMETRIES[geometry]
+    dtype, dim, dim_v, ratio = GEOMETRY_OF[geometry]
     rng, batch = np.random.default_rng(seed), len(lengths)
     call: dict[str, Any] = {"cache_seqlens": device_ints(lengths)}
     new = np.array([rows] * batch if isinstance(rows, int) else rows)
     if page_size is None:
-        shape = (batch + 2 * batch_idx, CAPACITY)
+        shape = (batch + 2 * batch_idx, capacity)
         index = rng.permutation(shape[0])[:batch] if batch_idx else np.arange(batch)
         if batch_idx:
             call["cache_batch_idx"] = device_ints(index)
     else:
-        columns = CAPACITY // page_size + 1
+        columns = capacity // page_size + 1
         ends = -(-(np.array(lengths) + new * append) // page_size)
         shape = (int(ends.sum()) + 3, page_size)
         pages, table = rng.permutation(shape[0]), np.full((batch, columns), NO_PAGE, np.int32)
@@ -111,6 +158,16 @@ def places(call: dict[str, Any], b: int, first: int, last: int) -> Any:
         return int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b, slice(first, last)
     position, page_size = cp.arange(first, last), call["k_cache"].shape[1]
     return call["page_table"][b][position // page_size], position % page_size
+
+
+def clusters(call: dict[str, Any]) -> int:
+    """CTAs of each cluster that the call is launched in; 0 if the splits of all sequences are shared out as a list."""
+    (batch, rows, heads, dim), (size, dim_v) = call["q"].shape, (call["k_cache"].shape[1], call["v_cache"].shape[3])
+    page_size = size if "page_table" in call else 0
+    capacity = page_size * call["page_table"].shape[1] if page_size else size
+    spec = cache_spec(call["q"].dtype.name, dim, dim_v, heads // KV_HEADS, KV_HEADS, "causal", rows, page_size)
+    multiprocessors = cp.cuda.Device().attributes["MultiProcessorCount"]
+    return cluster_size(spec, batch * heads // spec.pack, heads // spec.pack, capacity, multiprocessors)
 
 
 def fresh(call: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +218,17 @@ def test_any_length(geometry: str, page_size: int | None) -> None:
             assert_right(make(geometry, lengths, rows, append=append, page_size=page_size))
 
 
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_any_length_of_many_sequences(geometry: str, page_size: int | None) -> None:
+    for rows in (1, 2, 5, 16):
+        for append in (False, True):
+            lengths = lengths_before(rows) if append else list(LENGTHS)
+            call = make(geometry, MANY * lengths, rows, append=append, page_size=page_size)
+            assert clusters(call) == 0
+            assert_right(call)
+
+
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 128, 256])
 def test_any_page_size_and_appending_across_a_page_border(page_size: int) -> None:
     lengths = [0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size - 1, 255, 300]
@@ -172,8 +240,8 @@ def test_any_page_size_and_appending_across_a_page_border(page_size: int) -> Non
 @pytest.mark.parametrize("geometry, rotary", [("64", 64), ("128", 128), ("128", 32), ("80", 16)])
 def test_rotary(geometry: str, rotary: int, interleaved: bool) -> None:
     for rows, masks in ((1, {}), (5, {}), (100, {}), (5, {"causal": False}), (5, {"causal": False, "window": (200, 1)})):
-        for page_size in (None, 16):
-            call = make(geometry, lengths_before(rows), rows, rotary=rotary, interleaved=interleaved, page_size=page_size)
+        for page_size, times in itertools.product((None, 16), (1, MANY)):
+            call = make(geometry, times * lengths_before(rows), rows, rotary=rotary, interleaved=interleaved, page_size=page_size)
             assert_right(call | masks)
 
 
@@ -264,6 +332,47 @@ def test_a_sequence_does_not_depend_on_its_batch_or_its_pages(geometry: str, row
                 assert same_bits(one[0], out[b]) and same_bits(one_lse[0], lse[b]), (lengths, b, page_size, other)
 
 
+def decode_step(decode: str, page_size: int | None) -> dict[str, Any]:
+    rows = DECODES[decode][1]
+    return make(decode, list(DECODE_LENGTHS), rows, append=False, page_size=page_size, capacity=max(DECODE_LENGTHS))
+
+
+def selected(call: dict[str, Any], sequences: list[int], capacity: int | None = None) -> dict[str, Any]:
+    """The call of some of its sequences, which may repeat, on the same rows or pages; of no more than `capacity` keys each."""
+    index = device_ints(sequences)
+    some = call | {name: call[name][index] for name in ("q", "cache_seqlens")}
+    if "page_table" in call:
+        columns = None if capacity is None else -(-capacity // call["k_cache"].shape[1])
+        return some | {"page_table": cp.ascontiguousarray(call["page_table"][index, :columns])}
+    return some | {"cache_batch_idx": index} | {name: call[name][:, :capacity] for name in ("k_cache", "v_cache")}
+
+
+def poisoned_out(call: dict[str, Any]) -> tuple[Any, Any]:
+    shape = (*call["q"].shape[:3], call["v_cache"].shape[3])
+    return poisoned(shape, call["q"].dtype.name, strides_of("padded", shape))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("decode", DECODES)
+def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_size: int | None) -> None:
+    """Each ten times, on a cache with room for the longest and on one that just holds its own."""
+    call = decode_step(decode, page_size)
+    right, right_lse = assert_right(call)
+    alone, few, many = [[b] for b in EVERYONE], [[b, (b + 3) % 8, (b + 5) % 8] for b in EVERYONE], 9 * EVERYONE
+    assert all(clusters(selected(call, sequences)) > 0 for sequences in alone + few) and clusters(selected(call, many)) == 0
+    for sequences in [*alone, *few, many]:
+        longest = max(DECODE_LENGTHS[b] for b in sequences)
+        for capacity in (None, max(1, longest)):
+            some = selected(call, sequences, capacity)
+            results = []
+            for _ in range(10):
+                out, memory = poisoned_out(some)
+                results.append((out, memory, rawattn.attention_with_kvcache(**some, out=out, return_lse=True)[1]))
+            for out, memory, lse in results:
+                assert same_bits(out, right[sequences]) and same_bits(lse, right_lse[sequences]), (sequences, capacity)
+                assert untouched_outside(out, memory)
+
+
 def test_a_row_of_many_is_the_row_of_one_step() -> None:
     """Ten times over, with or without LSE, ragged sequences together or alone: the same bits."""
     call = make("128", [500, 65, 0, 300], 2)
@@ -338,11 +447,44 @@ def test_a_graph_replays_with_new_lengths(framework: str, page_size: int | None)
             assert same_bits(fixed[name], after), name
 
 
+@pytest.mark.parametrize("batch", [1, 3, 72])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("decode", DECODES)
+def test_a_graph_of_a_decode_step_replays_with_any_lengths(decode: str, page_size: int | None, batch: int) -> None:
+    call = decode_step(decode, page_size)
+    right, right_lse = rawattn.attention_with_kvcache(**call, return_lse=True)
+    turns = [[(first + 3 * i) % len(EVERYONE) for i in range(batch)] for first in EVERYONE]
+    fixed = selected(call, turns[0])
+    assert (clusters(fixed) > 0) == (batch <= 3)
+    out, memory = poisoned_out(fixed)
+    rawattn.attention_with_kvcache(**fixed, out=out, return_lse=True)
+    cp.cuda.Device().synchronize()
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        _, lse = rawattn.attention_with_kvcache(**fixed, out=out, return_lse=True)
+        graph = stream.end_capture()
+    for sequences in turns:
+        for name, x in selected(call, sequences).items():
+            if name not in ("k_cache", "v_cache"):
+                fixed[name][...] = x
+        for _ in range(10):
+            poison(out)
+            lse[...] = math.nan
+            cp.cuda.Device().synchronize()
+            graph.launch(stream)
+            stream.synchronize()
+            assert same_bits(out, right[sequences]) and same_bits(lse, right_lse[sequences]), sequences
+    assert untouched_outside(out, memory)
+
+
 @pytest.mark.parametrize("stream", ["default", "own", "captured"])
-@pytest.mark.parametrize("rows, rotary, page_size", [(1, None, None), (1, 128, 16), (100, 128, None)])
-def test_each_of_many_steps_sees_what_it_appends_itself(rows: int, rotary: int | None, page_size: int | None, stream: str) -> None:
+@pytest.mark.parametrize("rows, rotary, page_size, times", [(1, None, None, 1), (1, 128, 16, 1), (1, 128, 16, 17), (100, 128, None, 1)])
+def test_each_of_many_steps_sees_what_it_appends_itself(
+    rows: int, rotary: int | None, page_size: int | None, times: int, stream: str
+) -> None:
     """Steps that overwrite one another's rows, nobody waiting between them: a row read too early would be that of the step before."""
-    lengths = [0, 300, 64, CAPACITY - rows]
+    lengths = [0, 300, 64, CAPACITY - rows] * times
     call = make("128", lengths, rows, rotary=rotary, page_size=page_size)
     count = 200 if rows == 1 else 20
     new = {name: normal((count, *call[name].shape), call[name].dtype.name) for name in ("q", "k", "v")}

@@ -7,15 +7,17 @@ import itertools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rawattn.checks import LONGEST, window_bounds
 from rawattn.compiler import CUDA_SRC, source
+from rawattn.launch import PLACES_LIMIT
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
 from rawattn.tiles import (
@@ -23,10 +25,14 @@ from rawattn.tiles import (
     MAX_SPLITS,
     SHARED_MEMORY_LIMIT,
     SHARED_MEMORY_OF_SM,
+    SLAB,
     SPLIT_TABLE,
     SPLITS_OF_A_SEQUENCE,
     TABLE,
+    Tile,
     blocks_of_a_split,
+    cluster_size,
+    slabs,
     split_rows,
     tile_for,
 )
@@ -280,6 +286,12 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
         assert tile.tile_m == rows and ratio % spec.pack == 0 and spec.pack <= rows, spec
         assert tile.tile_n % (64 if tile.transposed else 16) == 0 and tile.tile_n <= 256, spec
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
+        if tile.transposed:
+            in_cluster = replace(spec, cluster=True)
+            assert tile_for(in_cluster) is tile
+            assert tile.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
+            kv_bytes = 2 * SLAB * tile.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v))
+            assert 4 * rows * head_dim_v <= kv_bytes, spec  # where a cluster's CTA leaves the result of its second split
         producer, consumer = tile.registers
         assert tile.registers == (0, 0) or all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec
         assert 128 * tile.ctas_per_sm * (producer + tile.consumer_warpgroups * consumer) <= 65536, spec
@@ -321,6 +333,7 @@ def test_quotients_are_exact_though_reciprocals_are_not(device_code: DeviceCode,
 def test_splits_are_equal_and_cover_the_keys(
     device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, least_blocks: int
 ) -> None:
+    assume(m_blocks * heads * (max(0, total) + MAX_SPLITS) < PLACES_LIMIT)  # the host refuses longer lists
     places = device_code.split(m_blocks, heads, begin, begin + total, fewest, least_blocks)
     total = max(0, total)
     assert places.first_block == begin and places.cost == places.blocks + 1
@@ -332,7 +345,7 @@ def test_splits_are_equal_and_cover_the_keys(
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
     wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
     assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
-        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, total // 4))
+        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, -(-total // 4)))
     )
     for _, _, tile in SPLIT_TABLE:
         if (tile.fewest_splits, tile.least_blocks) == (fewest, least_blocks):
@@ -351,7 +364,43 @@ def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, h
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost
 
 
-# ---- shares: struct TileList of the kernel, read by a warp of 32 contexts that take turns and meet in each intrinsic
+TRANSPOSED = [(head_dim, head_dim_v, tile) for head_dim, head_dim_v, tile in SPLIT_TABLE if tile.transposed]
+
+
+def spec_of_row(head_dim: int, head_dim_v: int, rows: int) -> KernelSpec:
+    return KernelSpec("bfloat16", head_dim, head_dim_v, 1, "causal", True, rows)
+
+
+@examples
+@given(st.sampled_from(TRANSPOSED), st.integers(1, 160), st.integers(1, 140), st.integers(0, 100000), st.sampled_from([78, 114, 132]))
+def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
+    row: tuple[int, int, Tile], heads: int, batch: int, keys: int, multiprocessors: int
+) -> None:
+    head_dim, head_dim_v, tile = row
+    tiles = batch * heads
+    size = cluster_size(spec_of_row(head_dim, head_dim_v, tile.tile_m), tiles, heads, keys, multiprocessors)
+    assert size in (0, 2, 4, 8, 16)
+    lengths = range(1, -(-keys // tile.tile_n) + 1)
+    most = max((-(-blocks // blocks_of_a_split(tile, heads, blocks)) for blocks in lengths), default=1)
+
+    def fits(size: int) -> bool:
+        return tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1)
+
+    enough = [n for n in (2, 4, 8, 16) if 2 * n >= most]
+    if size:
+        assert most > 1 and size in enough and fits(size)
+    else:  # only if there is nothing to share, or no room; two splits would want an SM each
+        assert most == 1 or not fits(enough[0]) or (most == 2 and 2 * tiles > multiprocessors)
+
+
+@examples
+@given(st.sampled_from([row for row in SPLIT_TABLE if row not in TRANSPOSED]), st.integers(1, 140), st.integers(0, 100000))
+def test_only_transposed_tiles_have_clusters(row: tuple[int, int, Tile], tiles: int, keys: int) -> None:
+    head_dim, head_dim_v, tile = row
+    assert cluster_size(spec_of_row(head_dim, head_dim_v, tile.tile_m), tiles, 1, keys, 132) == 0
+
+
+# ---- shares: TileList and RunOfSplits of the kernel, read by a warp of 32 contexts that take turns and meet in each intrinsic
 
 WARP = """
 #include <cstdint>
@@ -362,6 +411,11 @@ struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
 
 static Number blockIdx, gridDim, threadIdx;
+static int cluster, rank, ranks;
+int cluster_index() { return cluster; }
+int cluster_rank() { return rank; }
+int cluster_size() { return ranks; }
+void prefetch_global(const void*) {}
 static ucontext_t lanes[32], caller;
 
 // Every lane calls it with its value; returns those of all. Two sets in turn, for a lane writes the next before the last has read these.
@@ -395,51 +449,60 @@ static WorkTile slots[TILE_SLOTS], *written;
 static int room, found;
 
 // As produce() walks it.
+template <class List>
 static void walk(int lane) {
     threadIdx.x = lane;
     static int parts[CTA_WARPS];
-    TileList list;
+    List list;
     for (int warp = CTA_WARPS; warp-- > 0;) {
         list = {};
-        parts[warp] = list.count_part(*arguments, warp);
+        list.prepare(*arguments, parts, warp);
     }
-    int place = list.begin(*arguments, parts);
-    for (int slot = 0;; slot = (slot + 1) % TILE_SLOTS) {
+    __syncwarp();
+    int place = list.begin(*arguments, parts), slot = 0;
+    while (true) {
         place = list.find(*arguments, place, slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], slots[slot]);
         __syncwarp();
-        if (slots[slot].first_row < 0) return;
+        const WorkTile& tile = slots[slot];
+        if (tile.first_row < 0) return;
         if (lane == 0) {
-            if (found < room) written[found] = slots[slot];
+            if (found < room) written[found] = tile;
             ++found;
         }
+        const KeyBlocks blocks = tile_blocks(*arguments, tile, tile.first_row);
+        if (blocks.begin < blocks.end || tile.splits > 1) slot = (slot + 1) % TILE_SLOTS;
+        __syncwarp();
     }
 }
 
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
-// The splits that CTA `cta` of `ctas` takes, in its order; returns how many there are.
-extern "C" int share(int cta, int ctas, int batch, int heads, const int* cu_seqlens_q, const int* cu_seqlens_k, int left, int right,
-                     int size, WorkTile* tiles) {
+// The splits that a CTA takes, in its order; returns how many there are. It is number `cta` of a grid of `ctas` or, if `of_cluster` is not
+// negative, of that cluster.
+extern "C" int share(int of_cluster, int cta, int ctas, int batch, int heads, int seqlen_q, int seqlen_k, const int* cu_seqlens_q,
+                     const int* cu_seqlens_k, const int* cache_seqlens, int left, int right, int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
-    args.batch = batch, args.heads = heads, args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k;
+    args.batch = batch, args.heads = heads, args.seqlen_q = seqlen_q, args.seqlen_k = seqlen_k;
+    args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k, args.cache_seqlens = cache_seqlens;
     args.left = left, args.right = right, args.bottom_right = 1;
-    arguments = &args, blockIdx.x = cta, gridDim.x = ctas;
+    arguments = &args, blockIdx.x = rank = cta, gridDim.x = ranks = ctas, cluster = of_cluster;
     written = tiles, room = size, found = 0;
+    for (size_t i = 0; i < sizeof slots / sizeof(int); ++i) reinterpret_cast<int*>(slots)[i] = 1000 * i;  // what another kernel left there
     for (int lane = 0; lane < 32; ++lane) {
         getcontext(&lanes[lane]);
         lanes[lane].uc_stack.ss_sp = stacks[lane], lanes[lane].uc_stack.ss_size = sizeof stacks[lane];
         lanes[lane].uc_link = lane < 31 ? &lanes[lane + 1] : &caller;
-        makecontext(&lanes[lane], reinterpret_cast<void (*)()>(walk), 1, lane);
+        makecontext(&lanes[lane], reinterpret_cast<void (*)()>(of_cluster < 0 ? walk<TileList> : walk<RunOfSplits>), 1, lane);
     }
     swapcontext(&caller, &lanes[0]);
     return found;
 }
 """
 SPLIT_SPECS = [
-    KernelSpec("bfloat16", 128, 128, 4, "full", True, 8),
+    KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, cluster=True),
     KernelSpec("bfloat16", 128, 128, 7, "causal", True, 128),
-    KernelSpec("bfloat16", 64, 64, 1, "window", True, 64),
+    KernelSpec("bfloat16", 64, 64, 1, "window", True, 64, cluster=True),
 ]
 # struct WorkTile of pipeline.cuh
 WORK_TILE = (
@@ -451,9 +514,9 @@ Split = dict[str, int]
 
 @pytest.fixture(scope="module")
 def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, ctypes.CDLL]:
-    """pipeline.cuh up to the end of struct TileList, for each of SPLIT_SPECS."""
+    """pipeline.cuh up to what one tile is, for each of SPLIT_SPECS."""
     kernel = (CUDA_SRC / "pipeline.cuh").read_text(encoding="utf-8")
-    kernel, _ = kernel.split("__device__ __forceinline__ Mask tile_mask", 1)
+    kernel, _ = kernel.split("// Where row `tile_row` of a tile goes", 1)
     kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
     folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}
     for spec in SPLIT_SPECS:
@@ -463,17 +526,40 @@ def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, cty
     return libraries
 
 
-def shares(library: ctypes.CDLL, ctas: int, heads: int, q_lengths: list[int], k_lengths: list[int], window: Window) -> list[list[Split]]:
-    """The splits that each CTA takes, in its order."""
-    ends = [np.cumsum([0, *lengths], dtype=np.intc) for lengths in (q_lengths, k_lengths)]
-    buffer = np.empty((4096, len(WORK_TILE)), np.intc)
-    pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*ends, buffer)]
+def shares(
+    library: ctypes.CDLL,
+    spec: KernelSpec,
+    ctas: int,
+    heads: int,
+    q_lengths: list[int],
+    k_lengths: list[int],
+    window: Window,
+    cluster: int = -1,
+) -> list[list[Split]]:
+    """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of one cluster."""
+    if tile_for(spec).transposed:  # a cache, and as many queries for each sequence
+        (seqlen_q,) = set(q_lengths)
+        lengths = [None, None, np.array(k_lengths, np.intc)]
+    else:
+        seqlen_q = sum(q_lengths)
+        lengths = [*(np.cumsum([0, *x], dtype=np.intc) for x in (q_lengths, k_lengths)), None]
+    buffer = np.empty((1 << 13, len(WORK_TILE)), np.intc)
+    *pointers, tiles = [None if x is None else x.ctypes.data_as(ctypes.c_void_p) for x in (*lengths, buffer)]
+    sizes = len(q_lengths), heads, seqlen_q, max(k_lengths)
     result = []
     for cta in range(ctas):
-        found = library["share"](cta, ctas, len(q_lengths), heads, *pointers[:2], *window_bounds(False, window), len(buffer), pointers[2])
+        found = library["share"](cluster, cta, ctas, *sizes, *pointers, *window_bounds(False, window), len(buffer), tiles)
         assert found <= len(buffer)
         result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
     return result
+
+
+def draw_lengths(data: st.DataObject, spec: KernelSpec, sequences: st.SearchStrategy[list[tuple[int, int]]]) -> tuple[list[int], list[int]]:
+    """Lengths of q and k; where tiles are transposed all sequences have as many queries, one tile of them."""
+    q_lengths, k_lengths = map(list, zip(*data.draw(sequences, "sequences"), strict=True))
+    if tile_for(spec).transposed:
+        q_lengths = [data.draw(st.integers(1, spec.split_rows // spec.pack), "queries")] * len(k_lengths)
+    return q_lengths, k_lengths
 
 
 def by_tile(shares: list[list[Split]]) -> dict[tuple[int, ...], list[tuple[int, Split]]]:
@@ -500,11 +586,10 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
     batches = st.one_of(  # a warp looks at 32 sequences at a time
         st.lists(sequence, min_size=1, max_size=32), st.lists(sequence, min_size=33, max_size=70), st.lists(long, min_size=1, max_size=5)
     )
-    sequences = data.draw(batches, "sequences")
-    q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
+    q_lengths, k_lengths = draw_lengths(data, spec, batches)
     ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
-    taken = shares(tile_lists[spec], ctas, heads, q_lengths, k_lengths, window)
+    taken = shares(tile_lists[spec], spec, ctas, heads, q_lengths, k_lengths, window)
 
     tiles = by_tile(taken)
     tile_rows, tile_n = tile_for(spec).tile_m // spec.pack * spec.pack, tile_for(spec).tile_n
@@ -541,11 +626,14 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
 
 
 @pytest.mark.parametrize("batch", [256, 257, 600])
-def test_each_warp_reads_its_part_of_many_lengths(tile_lists: dict[KernelSpec, ctypes.CDLL], batch: int) -> None:
+@pytest.mark.parametrize("spec", SPLIT_SPECS[:2], ids=lambda spec: spec.name)
+def test_each_warp_reads_its_part_of_many_lengths(tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, batch: int) -> None:
     random = np.random.default_rng(batch)
     q_lengths, k_lengths = random.integers(0, 2, batch).tolist(), random.integers(0, 2000, batch).tolist()
+    if tile_for(spec).transposed:
+        q_lengths = [1] * batch
     for ctas in (1, 7):
-        tiles = by_tile(shares(tile_lists[SPLIT_SPECS[0]], ctas, 2, q_lengths, k_lengths, (None, None)))
+        tiles = by_tile(shares(tile_lists[spec], spec, ctas, 2, q_lengths, k_lengths, (None, None)))
         assert set(tiles) == {(b, head, 0) for b, length in enumerate(q_lengths) if length for head in range(2)}
         for splits in tiles.values():
             assert [split["split"] for _, split in splits] == list(range(splits[0][1]["splits"]))
@@ -558,15 +646,51 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
     tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
 ) -> None:
     sequence = st.tuples(st.integers(1, 40), st.integers(0, 20000))
-    sequences = data.draw(st.lists(sequence, min_size=2, max_size=40), "sequences")
-    q_lengths, k_lengths = map(list, zip(*sequences, strict=True))
-    heads, b = data.draw(st.integers(1, 4), "heads"), data.draw(st.integers(0, len(sequences) - 1), "which")
+    q_lengths, k_lengths = draw_lengths(data, spec, st.lists(sequence, min_size=2, max_size=40))
+    heads, b = data.draw(st.integers(1, 4), "heads"), data.draw(st.integers(0, len(k_lengths) - 1), "which")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (1000, 0)}[spec.mask]
 
     def bounds(taken: list[list[Split]], which: int) -> dict[tuple[int, ...], list[tuple[int, int]]]:
         tiles = by_tile(taken).items()
         return {key[1:]: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles if key[0] == which}
 
-    with_others = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
-    alone = shares(tile_lists[spec], data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
+    with_others = shares(tile_lists[spec], spec, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
+    alone = shares(tile_lists[spec], spec, data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
     assert bounds(with_others, b) == bounds(alone, 0)
+
+
+CLUSTER_SPECS = [spec for spec in SPLIT_SPECS if spec.cluster]
+
+
+@pytest.mark.parametrize("spec", CLUSTER_SPECS, ids=lambda spec: spec.name)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_cluster_of_any_size_has_the_splits_of_its_tile_that_the_list_has(
+    tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
+) -> None:
+    library, keys = tile_lists[spec], st.one_of(st.integers(1, 200), st.integers(1, 20000))
+    q_lengths, k_lengths = draw_lengths(data, spec, st.lists(st.tuples(st.just(1), keys), min_size=1, max_size=3))
+    heads = data.draw(st.sampled_from([1, 2, 8]), "heads")
+    left = data.draw(st.one_of(st.none(), st.integers(0, 3000)) if spec.mask == "window" else st.none(), "left")
+    window: Window = (left, None if spec.mask == "full" else 0)
+    listed = by_tile(shares(library, spec, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window))
+    assert set(listed) == {(b, head, 0) for b in range(len(k_lengths)) for head in range(heads)}
+    same = set(WORK_TILE) - {"run_begin", "run_end", "first_splits", "slot"}  # all but who has it
+    for (b, head, _), of_list in listed.items():
+        size = data.draw(st.sampled_from([n for n in (2, 4, 8, 16) if 2 * n >= len(of_list)]), "size")
+        ranks = shares(library, spec, size, heads, q_lengths, k_lengths, window, cluster=b * heads + head)
+        splits = [split for of_rank in ranks for split in of_rank]
+        assert [{name: split[name] for name in same} for split in splits] == [{name: split[name] for name in same} for _, split in of_list]
+        run = 1 if len(splits) <= size else 2
+        for rank, of_rank in enumerate(ranks):  # the last of those that have any may have one less
+            assert [split["split"] for split in of_rank] == list(range(len(splits)))[rank * run :][:run]
+            assert all((split["run_begin"], split["run_end"]) == (rank * run, rank * run + len(of_rank)) for split in of_rank)
+
+
+@pytest.mark.parametrize("spec", CLUSTER_SPECS, ids=lambda spec: spec.name)
+def test_of_a_sequence_without_keys_the_first_cta_of_a_cluster_has_the_only_split(
+    tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec
+) -> None:
+    first, *others = shares(tile_lists[spec], spec, 8, 2, [1, 1], [0, 5000], (None, 0), cluster=1)
+    assert [(x["batch"], x["head"], x["split"], x["splits"], x["first_block"]) for x in first] == [(0, 1, 0, 1, 0)]
+    assert others == [[]] * 7

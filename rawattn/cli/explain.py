@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from rawattn import compiler
 from rawattn.spec import KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, grid, slabs, tile_for
+from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, cluster_size, grid, slabs, tile_for
 
 from .shapes import DTYPE_OF, WINDOW, Shape, checked, geometry, geometry_options
 
@@ -68,6 +68,14 @@ def work(shape: Shape) -> Work:
         splits = max(1, -(-of_all // split_blocks))
     width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
     return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
+
+
+def launched(shape: Shape, multiprocessors: int) -> tuple[KernelSpec, int]:
+    """The variant that a launch takes, and the CTAs of each cluster, or 0."""
+    spec = shape.spec
+    capacity = -(-shape.seqlen_k // shape.page_size) * shape.page_size if shape.page_size else shape.seqlen_k
+    cluster = cluster_size(spec, work(shape).tiles, shape.heads // spec.pack, capacity, multiprocessors)
+    return replace(spec, cluster=cluster > 0), cluster
 
 
 @click.command()
@@ -124,21 +132,21 @@ def explain(
     seqlen_k = seqlen_k or (LENGTH if cache else seqlen_q)
     causal = cache if causal is None else causal  # as the functions have it
     shape = checked(Shape(dtype, batch, seqlen_q, seqlen_k, q_heads, kv_heads, d, dv, causal, window, cache, page_size or 0))
+    multiprocessors, where = _multiprocessors()
     if source:
-        click.echo(compiler.source(shape.spec))
+        click.echo(compiler.source(launched(shape, multiprocessors)[0]))
     elif sass:
-        click.echo(disassembly(shape.spec))
+        click.echo(disassembly(launched(shape, multiprocessors)[0]))
     else:
-        for label, text in _lines(shape):
+        for label, text in _lines(shape, multiprocessors, where):
             click.echo(f"{label:<18}{text}")
 
 
-def _lines(shape: Shape) -> list[tuple[str, str]]:
-    spec = shape.spec
+def _lines(shape: Shape, multiprocessors: int, where: str) -> list[tuple[str, str]]:
+    spec, cluster = launched(shape, multiprocessors)
     tile = tile_for(spec)
     todo = work(shape)
-    multiprocessors, where = _multiprocessors()
-    ctas = grid(spec, shape.batch, todo.tiles, multiprocessors)
+    ctas = todo.tiles * cluster or grid(spec, shape.batch, todo.tiles, multiprocessors)
     seconds = todo.seconds(shape, multiprocessors)
     bound = max(seconds, key=seconds.__getitem__)
     computed = todo.pairs * 2 * (shape.head_dim + shape.head_dim_v)
@@ -146,6 +154,7 @@ def _lines(shape: Shape) -> list[tuple[str, str]]:
     moved = f"{producer} a thread of the producer, {consumer} of a consumer; " if producer else ""
     rows = f"rows, {tile.tile_m // spec.pack} queries of {spec.pack} heads each," if spec.pack > 1 else "queries"
     consumers = f"{tile.consumer_warpgroups} consumer{'s' if tile.consumer_warpgroups > 1 else ''}{' in turns' if tile.ping_pong else ''}"
+    clusters = f", {cluster} a cluster," if cluster else ""
     pieces = f"{todo.tiles:,} tiles" + (f" of {todo.splits} splits" if spec.split_rows else "")
     lines = [
         ("call", shape.text),
@@ -155,7 +164,7 @@ def _lines(shape: Shape) -> list[tuple[str, str]]:
         ("warpgroups", f"1 producer, {consumers}, {tile.threads} threads"),
         ("registers", f"{moved}{_compiled(spec)}"),
         ("shared memory", f"{tile.shared_memory_bytes(spec):,} of {SHARED_MEMORY_LIMIT:,} bytes"),
-        ("grid", f"{ctas} CTAs on {multiprocessors} SMs ({where}), {pieces}, {todo.tiles * todo.splits / ctas:.1f} for each"),
+        ("grid", f"{ctas} CTAs{clusters} on {multiprocessors} SMs ({where}), {pieces}, {todo.tiles * todo.splits / ctas:.1f} for each"),
     ]
     if spec.split_rows:
         lines.append(("splits", f"of {todo.split_blocks * tile.tile_n} keys, {todo.split_blocks} blocks"))

@@ -18,7 +18,7 @@ import click
 
 from rawattn import compiler
 from rawattn.spec import MASKS, ROWS_OF_SPLIT_TILES, AppendSpec, KernelSpec
-from rawattn.tiles import is_short, split_rows, tile_for
+from rawattn.tiles import is_short, launch_variants, split_rows, tile_for
 
 from .models import GEOMETRIES
 from .shapes import DTYPE_OF
@@ -103,7 +103,7 @@ def _for_attention(spec: KernelSpec) -> Iterator[KernelSpec]:
     if is_short(spec, 1):
         yield replace(spec, short=True)
     for rows in _rows_of_split_tiles(spec.head_dim, spec.head_dim_v, spec.gqa_ratio):  # few queries, many keys
-        yield replace(spec, varlen=True, split_rows=rows)
+        yield from launch_variants(replace(spec, varlen=True, split_rows=rows))
 
 
 def _rows_of_split_tiles(d: int, dv: int, ratio: int) -> list[int]:
@@ -120,11 +120,11 @@ def _for_cache(d: int, dv: int, ratio: int, dtype: str, masks: tuple[str, ...], 
     if "causal" in masks:
         variants.append(("full", each[0]))  # one query sees all keys
     for mask, rows in variants:
-        yield KernelSpec(dtype, d, dv, ratio, mask, True, rows)
+        yield from launch_variants(KernelSpec(dtype, d, dv, ratio, mask, True, rows))
     if page_size is not None:
         for mask, rows in [*variants, *[(mask, 0) for mask in masks]]:
             spec = KernelSpec(dtype, d, dv, ratio, mask, True, rows)
-            yield replace(spec, page_rows=math.gcd(page_size, tile_for(spec).tile_n))
+            yield from launch_variants(replace(spec, page_rows=math.gcd(page_size, tile_for(spec).tile_n)))
 
 
 def _compile(specs: list[Spec]) -> dict[Spec, float | BaseException]:

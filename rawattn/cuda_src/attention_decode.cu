@@ -1,5 +1,5 @@
 // Attention of few queries, up to 64 rows of a KV head, to many keys, for sm_90a. The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys, and
-// columns of V, are the 64 rows that WGMMA has, and the few query rows are its TILE_M columns, so that nothing is computed for rows that do not
+// columns of V, are the 64 rows that WGMMA has, and the few query rows of a warpgroup are its columns, so that nothing is computed for rows that do not
 // exist, and each thread has its share of the exponentials. P^T goes through shared memory. Memory is the limit, so there is no overlap but that of
 // the producer warp's loads (pipeline.cuh), and of S^T of one block with O^T of the block before.
 // The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
@@ -7,17 +7,20 @@
 
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is key, or column of V, 16 * warp + lane / 4 + 8 * (i / 2 % 2) and
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
-constexpr int KEY_TILES = TILE_N / 64, REGISTERS = TILE_M / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
-constexpr int ROWS_OF_THREAD = TILE_M / 4;
-constexpr int TASKS_IN_FLIGHT = TILE_M == 32 ? 4 : TILE_M == 64 && TILE_N == 64 ? 2 : 1, RESULTS_IN_FLIGHT = TILE_M == 8 ? 16 : TILE_M == 16 ? 8 : 4;  // of a combination (splits.cuh), as registers allow
-constexpr int PROBS_SLAB = TILE_M * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;
-constexpr int CONSUMERS = 1;  // the named barrier of the consumer threads
+constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
+constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4;
+// Of a combination (splits.cuh), as registers allow; in a cluster, where each CTA has few tasks, loads from all CTAs at once.
+constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2, RESULTS_IN_FLIGHT = CLUSTER && TILE_M >= 32 ? 16 : 8;
+constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
 
 __device__ __forceinline__ int fragment_row(int i) { return i / 4 * 2 + i % 2; }
 __device__ __forceinline__ int fragment_position(int i) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * (i / 2 % 2); }
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i % REGISTERS); }
 __device__ __forceinline__ int output_column(int i) { return 64 * (i / REGISTERS) + fragment_position(i % REGISTERS); }
-__device__ __forceinline__ int tile_row(int r) { return r / 2 * 8 + 2 * (threadIdx.x % 4) + r % 2; }
+__device__ __forceinline__ int own_warpgroup() { return CONSUMER_WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0) - 1; }
+__device__ __forceinline__ int own_barrier() { return 1 + own_warpgroup(); }
+__device__ __forceinline__ int warpgroup_row(int r) { return r / 2 * 8 + 2 * (threadIdx.x % 4) + r % 2; }
+__device__ __forceinline__ int tile_row(int r) { return WARPGROUP_ROWS * own_warpgroup() + warpgroup_row(r); }
 
 using Scores = float[KEY_TILES][REGISTERS];
 using Output = float[OUTPUT_REGISTERS];
@@ -30,8 +33,8 @@ struct Max {
     __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
-// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, TILE_M / 2], of each warp its values for two
-// rows at a time; nobody may read it any more.
+// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, WARPGROUP_ROWS / 2], of each warp its values
+// for two rows at a time; nobody may read it any more.
 template <class Operation>
 __device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float2* exchange, Operation operation) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -42,14 +45,14 @@ __device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float
     }
     if (lane < 4) {
 #pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; r += 2) exchange[warp * (TILE_M / 2) + tile_row(r) / 2] = make_float2(values[r], values[r + 1]);
+        for (int r = 0; r < ROWS_OF_THREAD; r += 2) exchange[warp * (WARPGROUP_ROWS / 2) + warpgroup_row(r) / 2] = make_float2(values[r], values[r + 1]);
     }
-    named_barrier_sync(CONSUMERS, 128);
+    named_barrier_sync(own_barrier(), 128);
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
         float2 of_warp[4];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) of_warp[w] = exchange[w * (TILE_M / 2) + tile_row(r) / 2];
+        for (int w = 0; w < 4; ++w) of_warp[w] = exchange[w * (WARPGROUP_ROWS / 2) + warpgroup_row(r) / 2];
         values[r] = operation(operation(of_warp[0].x, of_warp[1].x), operation(of_warp[2].x, of_warp[3].x));
         values[r + 1] = operation(operation(of_warp[0].y, of_warp[1].y), operation(of_warp[2].y, of_warp[3].y));
     }
@@ -92,7 +95,7 @@ __device__ __forceinline__ void issue_output(Output& output, uint32_t probs_smem
     pin(output);
 }
 
-// Rounds P to 16 bits into shared memory, [TILE_M, TILE_N] in slabs as Q lies.
+// Rounds P to 16 bits into shared memory, [WARPGROUP_ROWS, TILE_N] in slabs as Q lies.
 __device__ __forceinline__ void store_probs(const Scores& scores, uint32_t probs_smem) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, row = lane % 8;
     const uint32_t address = probs_smem + row * SLAB_BYTES + ((2 * warp + lane / 8 % 2) ^ row) * 16;  // of eight keys of a row, swizzled
@@ -171,7 +174,7 @@ __device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_T
 __device__ __forceinline__ void store_output(const Arguments& args, const WorkTile& tile, const Output& output) {
     const bool is_odd = threadIdx.x & 4;
 #pragma unroll
-    for (int group = 0; group < TILE_M / 8; ++group) {
+    for (int group = 0; group < WARPGROUP_ROWS / 8; ++group) {
         const Destination to = destination(args, tile, tile_row(2 * group + is_odd));
 #pragma unroll
         for (int slab = 0; slab < SLABS_V; ++slab) {
@@ -209,12 +212,29 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 
 #include "splits.cuh"
 
-__device__ __forceinline__ void consume(const Arguments& args, const Buffers& buffers) {
+// CLUSTER: leaves a split's result in shared memory, for all CTAs of the cluster: `outs` is [rows, Dv], kept_states [rows].
+__device__ __forceinline__ void keep_result(const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states, float* outs, float2* kept_states) {
+    const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row);
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+        const int row = tile_row(r);
+        if (row >= rows) continue;
+#pragma unroll
+        for (int i = 0; i < OUTPUT_REGISTERS; ++i) {
+            if (output_row(i) == r && output_column(i) < HEAD_DIM_V) outs[row * HEAD_DIM_V + output_column(i)] = output[i];
+        }
+        if (speaks_for_row()) kept_states[row] = make_float2(states.max[r], states.sum[r]);
+    }
+}
+
+__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, const Buffers& buffers) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
-    const uint32_t probs_smem = shared_address(buffers.more);  // P, and what rounding it lost
-    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES);           // [OUTPUT_REGISTERS, 128]
-    float2* max_exchange = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * 128);  // [4, TILE_M / 2]
-    float2* sum_exchange = max_exchange + 4 * TILE_M / 2;                                // likewise; still read when the next tile's maxima are written
+    const uint32_t probs_smem = shared_address(buffers.more) + 2 * PROBS_BYTES * warpgroup;                   // P, and what rounding it lost
+    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);          // [OUTPUT_REGISTERS, CONSUMER_THREADS]
+    float2* exchanges = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * CONSUMER_THREADS);             // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS / 2]
+    float2* max_exchange = exchanges + 4 * WARPGROUP_ROWS * warpgroup;
+    float2* sum_exchange = max_exchange + 2 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
+    float2* kept_states = exchanges + 4 * TILE_M;              // CLUSTER: [2, TILE_M], maximum and sum of two splits
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
@@ -225,7 +245,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
         ++slot_ring.count;
         const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) break;
-        const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
+        const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row + WARPGROUP_ROWS * warpgroup);
         const Mask mask = tile_mask(args, tile);
         // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
         const bool few_keys = mask.end(tile.first_row) - mask.begin(tile.first_row) <= FEW_KEYS;
@@ -239,7 +259,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
         if (tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         const auto start_scores = [&] {
             mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
-            issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES, buffers.k + k_ring.stage() * K_BYTES);
+            issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + WARPGROUP_ROWS * SLAB_BYTES * warpgroup, buffers.k + k_ring.stage() * K_BYTES);
         };
         const auto start_output = [&] {
             mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
@@ -268,7 +288,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
                 store_probs(scores, probs_smem + PROBS_BYTES);
             }
             async_proxy_fence();
-            named_barrier_sync(CONSUMERS, 128);
+            named_barrier_sync(own_barrier(), 128);
         };
         if (blocks.begin < blocks.end) {  // a split may have no key that the tile sees
             int block = blocks.end - 1;
@@ -291,7 +311,17 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
             if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
             ++q_ring.count;
         }
-        if (tile.splits == 1 || join_splits(args, tile, 0, output, states, carried, carried_states, buffers.is_last)) {
+        bool is_whole = tile.splits == 1;
+        if (!is_whole) {
+            if constexpr (CLUSTER) {
+                const bool is_second = tile.split > tile.run_begin;
+                if (is_second) named_barrier_sync(1 + 2 * CONSUMER_WARPGROUPS, CONSUMER_THREADS);  // all have read all of K, whose buffers are large enough
+                keep_result(tile, output, states, is_second ? static_cast<float*>(__cvta_shared_to_generic(buffers.k)) : carried, kept_states + (is_second ? TILE_M : 0));
+            } else {
+                is_whole = join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last);
+            }
+        }
+        if (is_whole) {
             float inverse[ROWS_OF_THREAD];
 #pragma unroll
             for (int r = 0; r < ROWS_OF_THREAD; ++r) {
@@ -307,10 +337,23 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
         __syncwarp();
         if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
     }
+    if constexpr (CLUSTER) {
+        const WorkTile& tile = buffers.tile_slots[0];
+        if (tile.first_row < 0 || tile.splits == 1) return;  // those that end without a split are not waited for
+        const int two = splits_of_a_rank(tile.splits) - 1, rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row), tasks = rows * TASKS_OF_ROW;
+        const int parts = (tile.splits + two >> two) * CONSUMER_WARPGROUPS, tasks_of_part = divide_up(tasks, parts);
+        const int begin = (cluster_rank() * CONSUMER_WARPGROUPS + warpgroup) * tasks_of_part;
+        const uint32_t outs = shared_address(carried);
+        const ClusterResults results = {outs, shared_address(kept_states), buffers.k - outs, 8 * TILE_M, tile.splits, rows, two};
+        cluster_arrive();
+        cluster_wait();
+        combine(args, tile, results, begin, min(tasks, begin + tasks_of_part), cluster_arrive_after_reads);
+        cluster_wait();  // nobody ends while its results are read
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_decode(const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) char shared[];
     const Buffers buffers(shared);
-    run(args, buffers, [&](int) { consume(args, buffers); });
+    run(args, buffers, [&](int warpgroup) { consume(args, warpgroup, buffers); });
 }

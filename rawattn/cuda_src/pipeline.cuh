@@ -44,7 +44,7 @@ constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
-constexpr int WARPGROUP_ROWS = TILE_M < 64 ? TILE_M : 64;
+constexpr int WARPGROUP_ROWS = TILE_M / CONSUMER_WARPGROUPS;
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
@@ -75,17 +75,27 @@ struct WorkTile {
     int slot;                    // that CTA, in whose part of the workspace they meet
 };
 
+template <bool, class First, class>
+struct Either {
+    using type = First;
+};
+
+template <class First, class Second>
+struct Either<false, First, Second> {
+    using type = Second;
+};
+
 struct Sequence {
     int q_start, q_length, k_start, k_length, k_batch;
 };
 
 __device__ __forceinline__ Sequence sequence(const Arguments& args, int batch) {
     Sequence seq = {0, args.seqlen_q, 0, args.seqlen_k, batch};
-    if (args.cu_seqlens_q != nullptr) {
+    if (!TRANSPOSED && args.cu_seqlens_q != nullptr) {
         seq.q_start = args.cu_seqlens_q[batch];
         seq.q_length = max(0, args.cu_seqlens_q[batch + 1] - seq.q_start);
     }
-    if (args.cu_seqlens_k != nullptr) {
+    if (!TRANSPOSED && args.cu_seqlens_k != nullptr) {
         seq.k_start = args.cu_seqlens_k[batch];
         seq.k_length = max(0, args.cu_seqlens_k[batch + 1] - seq.k_start);
         seq.k_batch = 0;
@@ -102,6 +112,55 @@ __device__ __forceinline__ Mask sequence_mask(const Arguments& args, int q_lengt
     return {k_length, args.bottom_right ? k_length - q_length : 0, args.left, args.right};
 }
 
+// Everything of a tile but its splits.
+__device__ __forceinline__ void write_tile(const Arguments& args, const Sequence& seq, int batch, int m_block, int head, WorkTile& tile) {
+    tile.first_row = m_block * TILE_ROWS;
+    tile.head = head;
+    tile.batch = batch;
+    tile.q_start = seq.q_start;
+    tile.q_length = seq.q_length;
+    tile.q_batch = !TRANSPOSED && args.cu_seqlens_q != nullptr ? 0 : batch;
+    if constexpr (SPLIT) {
+        tile.q_row = 0;
+        tile.q_offset = seq.q_start + m_block * (TILE_ROWS / PACK);
+    } else {
+        const bool slides = args.cu_seqlens_q != nullptr;
+        tile.q_row = tile.first_row + (slides ? args.seqlen_q - seq.q_length : 0);
+        tile.q_offset = slides ? seq.q_start + seq.q_length : 0;
+    }
+    tile.k_length = seq.k_length;
+    tile.k_row = args.seqlen_k - seq.k_length;
+    tile.k_offset = seq.k_start + seq.k_length;
+    tile.k_batch = seq.k_batch;
+}
+
+// SPLIT: what one sequence adds to the list of all splits; without, to that of all tiles.
+__device__ __forceinline__ Places sequence_places(const Arguments& args, const Sequence& seq) {
+    const int rows = seq.q_length * PACK;
+    Places places = {(rows + TILE_ROWS - 1) / TILE_ROWS, args.heads};
+    if constexpr (SPLIT) {
+        if (rows > 0) {
+            const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
+            places.split(blocks.begin, blocks.end, FEWEST_SPLITS, LEAST_BLOCKS);
+        }
+    }
+    return places;
+}
+
+// Writes the split after `last`, of the same tile, and returns its blocks of keys. The whole warp calls it.
+__device__ __forceinline__ int write_next_split(const WorkTile& last, WorkTile& tile) {
+    constexpr int WORDS = sizeof(WorkTile) / 4;
+    const int lane = threadIdx.x % 32, blocks = last.end_block - last.first_block;
+    if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
+    __syncwarp();
+    if (lane == 0) {
+        tile.split = last.split + 1;
+        tile.first_block = last.end_block;
+        tile.end_block = last.end_block + blocks;
+    }
+    return blocks;
+}
+
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
 // of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other.
 struct TileList {
@@ -113,15 +172,18 @@ struct TileList {
     int share, share_start, share_end;  // SPLIT: the places of a CTA, and where its own are
     int remaining = 0;                  // splits of the last tile found that the share still has
 
-    // SPLIT: every warp of the CTA reads a part of the lengths, warp after warp. Returns the places of that part.
-    __device__ __forceinline__ int count_part(const Arguments& args, int warp) {
-        const int begin = warp * part_length(args), end = min(args.batch, begin + part_length(args));
-        int total = 0;
-        for (int batch = begin; batch < end; batch += 32) total += look(args, batch);
-        return total;
+    // SPLIT: every warp of the CTA reads a part of the lengths, warp after warp, and leaves the places of that part. All warps call it.
+    __device__ __forceinline__ void prepare(const Arguments& args, int* parts, int warp) {
+        if constexpr (SPLIT) {
+            const int begin = warp * part_length(args), end = min(args.batch, begin + part_length(args));
+            int total = 0;
+            for (int batch = begin; batch < end; batch += 32) total += look(args, batch);
+            if (threadIdx.x % 32 == 0) parts[warp] = total;
+            if (warp == 2 || warp == 3) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
+        }
     }
 
-    // Returns where the CTA's part of the list starts. SPLIT: given the places of each warp's part; warp 0, which has looked at the first one, calls it.
+    // Returns where the CTA's part of the list starts. Warp 0 calls it, once all have prepared.
     __device__ __forceinline__ int begin(const Arguments& args, const int* parts) {
         if constexpr (!SPLIT) return blockIdx.x;
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
@@ -163,16 +225,7 @@ struct TileList {
             }
             if (SPLIT && remaining > 0) {  // the same tile goes on, as most do
                 --remaining;
-                constexpr int WORDS = sizeof(WorkTile) / 4;
-                if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
-                __syncwarp();
-                const int blocks = last.end_block - last.first_block;
-                if (lane == 0) {
-                    tile.split = last.split + 1;
-                    tile.first_block = last.end_block;
-                    tile.end_block = last.end_block + blocks;
-                }
-                return place + blocks + 1;
+                return place + write_next_split(last, tile) + 1;
             }
             for (; next_batch < args.batch; next_batch += 32) {
                 if (!SPLIT || next_batch != first_batch) look(args, next_batch);  // without SPLIT each time, since it would take registers to keep
@@ -201,44 +254,14 @@ struct TileList {
         const int batch = first + threadIdx.x % 32;
         first_batch = first;
         seq = batch < args.batch ? sequence(args, batch) : Sequence{};
-        own = places(args, seq);
+        own = sequence_places(args, seq);
         through = inclusive_scan(own.count());
         return __shfl_sync(~0u, through, 31);
     }
 
-    static __device__ __forceinline__ Places places(const Arguments& args, const Sequence& seq) {
-        const int rows = seq.q_length * PACK;
-        Places places = {(rows + TILE_ROWS - 1) / TILE_ROWS, args.heads};
-        if constexpr (SPLIT) {
-            if (rows > 0) {
-                const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-                places.split(blocks.begin, blocks.end, FEWEST_SPLITS, LEAST_BLOCKS);
-            }
-        }
-        return places;
-    }
-
     __device__ __forceinline__ void write(const Arguments& args, int item, int start, WorkTile& tile) {
-        const int batch = first_batch + threadIdx.x % 32, number = divide(item, own.splits), m_block = divide(number, args.heads);
-        const TilePlace at = {own.m_blocks - 1 - m_block, number - m_block * args.heads};
-        tile.first_row = at.m_block * TILE_ROWS;
-        tile.head = at.head;
-        tile.batch = batch;
-        tile.q_start = seq.q_start;
-        tile.q_length = seq.q_length;
-        tile.q_batch = args.cu_seqlens_q != nullptr ? 0 : batch;
-        if constexpr (SPLIT) {
-            tile.q_row = 0;
-            tile.q_offset = seq.q_start + at.m_block * (TILE_ROWS / PACK);
-        } else {
-            const bool slides = args.cu_seqlens_q != nullptr;
-            tile.q_row = tile.first_row + (slides ? args.seqlen_q - seq.q_length : 0);
-            tile.q_offset = slides ? seq.q_start + seq.q_length : 0;
-        }
-        tile.k_length = seq.k_length;
-        tile.k_row = args.seqlen_k - seq.k_length;
-        tile.k_offset = seq.k_start + seq.k_length;
-        tile.k_batch = seq.k_batch;
+        const int number = divide(item, own.splits), m_block = divide(number, args.heads);
+        write_tile(args, seq, first_batch + threadIdx.x % 32, own.m_blocks - 1 - m_block, number - m_block * args.heads, tile);
         if constexpr (SPLIT) {
             tile.split = item - number * own.splits;
             tile.splits = own.splits;
@@ -255,6 +278,49 @@ struct TileList {
                 tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
             }
         }
+    }
+};
+
+// CLUSTER: how many of a tile's splits a CTA of its cluster has: as the host sees to, no more than two.
+__device__ __forceinline__ int splits_of_a_rank(int splits) { return splits > cluster_size() ? 2 : 1; }
+
+// CLUSTER: each tile, the only one of its sequence and head, has a cluster of CTAs, and each of them a run of its splits, in the cluster's order. So a
+// CTA looks at one length. A place is a split's in the run; otherwise as TileList.
+struct RunOfSplits {
+    static constexpr int before = 0;
+    Sequence seq;
+    int batch, head;
+    int count;  // of the run
+
+    __device__ __forceinline__ void prepare(const Arguments& args, int*, int warp) {
+        if (warp != 0) return;
+        batch = divide(cluster_index(), args.heads);
+        head = cluster_index() - batch * args.heads;
+        seq = sequence(args, batch);
+    }
+
+    __device__ __forceinline__ int begin(const Arguments&, const int*) { return 0; }
+
+    __device__ __forceinline__ int find(const Arguments& args, int place, const WorkTile& last, WorkTile& tile) {
+        if (place == 0) {
+            const Places own = sequence_places(args, seq);
+            const int run = splits_of_a_rank(own.splits), begin = cluster_rank() * run;
+            count = min(own.splits - begin, run);
+            if (threadIdx.x % 32 == 0) {
+                write_tile(args, seq, batch, 0, head, tile);
+                tile.split = tile.run_begin = begin;
+                tile.splits = own.splits;
+                tile.run_end = begin + count;
+                tile.first_block = own.first_block + begin * own.blocks;
+                tile.end_block = tile.first_block + own.blocks;
+                if (count <= 0) tile.first_row = -1;
+            }
+        } else if (place < count) {
+            write_next_split(last, tile);
+        } else if (threadIdx.x % 32 == 0) {
+            tile.first_row = -1;
+        }
+        return place + 1;
     }
 };
 
@@ -311,7 +377,8 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
     }
 }
 
-constexpr uint64_t KV_POLICY = KV_READ_ONCE ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // what no other tile reads leaves L2 first
+// What no other tile reads leaves L2 first; pages share the lines of their tables' neighbours, and were slower so.
+constexpr uint64_t KV_POLICY = TRANSPOSED && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
 
 template <uint64_t L2_POLICY>
 __device__ __forceinline__ void load_slabs(
@@ -367,7 +434,8 @@ struct Buffers {
 // Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
 // K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
 // Splits are not dealt: a CTA has those of its share.
-__device__ __forceinline__ void produce(const Arguments& args, TileList& list, const Buffers& buffers) {
+template <class List>
+__device__ __forceinline__ void produce(const Arguments& args, List& list, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
@@ -454,24 +522,21 @@ __device__ __forceinline__ void make_barriers(uint32_t barriers) {
 template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
-    TileList list;
+    typename Either<CLUSTER, RunOfSplits, TileList>::type list;
     if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
         prefetch_tensor_map(&args.k);
         prefetch_tensor_map(&args.v);
         make_barriers(buffers.barriers);
     }
-    if constexpr (SPLIT) {
-        const int part = list.count_part(args, warp);
-        if (threadIdx.x % 32 == 0) buffers.parts[warp] = part;
-        if (warp == 2 || warp == 3) prefetch_global(args.arrivals + 8 * (threadIdx.x - 64));  // whoever arrives last waits for the answer
-    }
+    list.prepare(args, buffers.parts, warp);
     __syncthreads();
-    if (warp < 4) {
-        if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
-        if (warp == 0) produce(args, list, buffers);
-    } else {
+    if (warp >= 4) {
         if constexpr (CONSUMER_REGISTERS > 0) acquire_registers<CONSUMER_REGISTERS>();
         consume(warp / 4 - 1);
+        return;
     }
+    // Behind the start, so that the first load waits for few instructions that are not in the cache yet.
+    if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
+    if (warp == 0) produce(args, list, buffers);
 }

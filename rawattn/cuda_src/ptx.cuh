@@ -141,6 +141,55 @@ __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// ---- thread block clusters ----
+
+// %clusterid, %cluster_ctarank and %cluster_nctarank (10.12, 10.16, 10.17)
+__device__ __forceinline__ int cluster_index() {
+    int index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+// barrier.cluster (9.7.13.3), for all threads of the cluster that have not ended: what they wrote to shared memory before they arrived can be read by
+// those who have waited. One that has only read need not wait for its writes.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_arrive_after_reads() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Where a CTA of the cluster has what this one has at `address` of its shared memory (mapa, 9.7.9.23).
+__device__ __forceinline__ uint32_t shared_address_of(uint32_t address, int rank) {
+    uint32_t mapped;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+// ld (9.7.9.8)
+__device__ __forceinline__ float4 load_cluster_16(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float2 load_cluster_8(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+    return x;
+}
+
 // ---- registers, barriers between warpgroups ----
 
 // setmaxnreg (9.7.20.5)

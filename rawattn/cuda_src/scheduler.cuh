@@ -40,7 +40,7 @@ struct Places {
     __device__ __forceinline__ void split(int begin, int end, int fewest, int least_blocks) {
         const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, m_blocks * heads), max(fewest, 1)), MAX_SPLITS), total = max(0, end - begin);
         first_block = begin;
-        blocks = max(divide_up(total, wanted), min(least_blocks, max(1, total / 4)));
+        blocks = max(divide_up(total, wanted), min(least_blocks, max(1, (total + 3) / 4)));
         splits = max(1, divide_up(total, blocks));
         cost = blocks + 1;  // the start and the end of a split take about as long as a block
     }

@@ -3,92 +3,97 @@
 // flight: those of RESULTS_IN_FLIGHT results for each of TASKS_IN_FLIGHT tasks.
 #pragma once
 
-// [WARPGROUP_ROWS, MAX_SPLITS]: for each row and result a pair, where the warpgroup keeps what it carries, which it no longer needs when it combines.
-__device__ __forceinline__ float2& factors(float* carried, int row, int result) {
-    const int place = 2 * (row * MAX_SPLITS + result);
-    return *reinterpret_cast<float2*>(carried + place / 128 * CONSUMER_THREADS + place % 128);
-}
+// Where a tile's results lie that are to be taken together: in the workspace, that of the share which has the first splits before all others. A row is
+// one of the warpgroup's.
+struct WorkspaceResults {
+    const Arguments& args;
+    const WorkTile& tile;
+    int warpgroup;
 
-// By what the results that lie in the workspace, and their sum before, are multiplied: one warp has a row, and a lane a result. As join_splits folds
-// them, only that the running maximum, which is all that one factor has of the others, comes from a scan, exact in any order. The first pair holds 1 / sum.
-__device__ __forceinline__ void weigh_results(const Arguments& args, const WorkTile& tile, int warpgroup, int rows, int first_split, int results, float* carried) {
-    static_assert(MAX_SPLITS == 32, "one for each lane");
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x % 128 / 32; row < rows; row += 4) {
-        const int tile_row = WARPGROUP_ROWS * warpgroup + row;
-        float2 state = make_float2(NEGATIVE_INFINITY, 0.0f);
-        if (lane < results) state = __ldcg(partial(args, tile, first_split + lane, tile_row).state);
-        float max = state.x;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const float below = __shfl_up_sync(~0u, max, distance);
-            if (lane >= distance) max = fmaxf(below, max);
-        }
-        const float before = __shfl_up_sync(~0u, max, 1);
-        const float2 factor = make_float2(rescale_factor(before, max, args.scale_log2), rescale_factor(state.x, max, args.scale_log2));
-        const float summand = __fmul_rn(state.y, factor.y);
-        float sum = __shfl_sync(~0u, state.y, 0);
-        for (int i = 1; i < results; ++i) sum = __fmaf_rn(sum, __shfl_sync(~0u, factor.x, i), __shfl_sync(~0u, summand, i));
-        float inverse, lse;
-        normalise(__shfl_sync(~0u, max, 31), sum, args.scale_log2, inverse, lse);
-        factors(carried, row, lane) = lane == 0 ? make_float2(inverse, 0.0f) : factor;
-        if (lane == 0) {
-            const Destination to = destination(args, tile, tile_row);
-            if (to.lse != nullptr) *to.lse = lse;
-        }
+    __device__ __forceinline__ int count() const { return tile.splits - tile.first_splits + 1; }
+    __device__ __forceinline__ int first_row() const { return WARPGROUP_ROWS * warpgroup; }
+    __device__ __forceinline__ int rows() const { return min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - first_row()); }
+    __device__ __forceinline__ Partial at(int result, int row) const { return partial(args, tile, tile.first_splits - 1 + result, first_row() + row); }
+    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(at(result, row).state); }
+    __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
+        return __ldcg(reinterpret_cast<const float4*>(at(result, row).out + column));
     }
-}
+};
 
-// Takes the results of a tile together, that of the share which has the first splits and those of the others in their order, and writes the output.
-__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup, int barrier, float* carried) {
-    constexpr int COLUMNS = 4;  // of a row, one thread's task
-    const int rows = min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - WARPGROUP_ROWS * warpgroup);
-    const int first_split = tile.first_splits - 1, results = tile.splits - first_split, tasks = rows * (HEAD_DIM_V / COLUMNS);
-    float4 parts[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
-    const auto load = [&](float4 (&parts)[RESULTS_IN_FLIGHT], int task, int first) {
-        const int row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
-        const float* from = partial(args, tile, first_split + first, WARPGROUP_ROWS * warpgroup + row).out + column;
-#pragma unroll
-        for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
-            if (task < tasks && first + i < results) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + (long long)i * args.partial_rows * HEAD_DIM_V));
-        }
-    };
-    const auto load_all = [&](int first_task, int first) {
-#pragma unroll
-        for (int t = 0; t < TASKS_IN_FLIGHT; ++t) load(parts[t], first_task + 128 * t, first);
-    };
-    const int own = threadIdx.x % 128;
-    load_all(own, 0);  // on the way while the factors are found
-    weigh_results(args, tile, warpgroup, rows, first_split, results, carried);
-    named_barrier_sync(barrier, 128);
-    for (int first_task = own; first_task < tasks; first_task += 128 * TASKS_IN_FLIGHT) {
-        float outputs[TASKS_IN_FLIGHT][COLUMNS];
-        for (int first = 0; first < results; first += RESULTS_IN_FLIGHT) {
-            if (first_task > own || first > 0) load_all(first_task, first);
+// Or, each split's apart, in the shared memory of a cluster's CTAs, of which each has one split or two.
+struct ClusterResults {
+    uint32_t outs, states;                  // [rows, Dv] and [rows] float2 of a CTA's first split
+    uint32_t outs_of_second, states_of_second;  // how many bytes further those of its second are
+    int splits, rows_of_tile, two;
+
+    __device__ __forceinline__ int count() const { return splits; }
+    __device__ __forceinline__ int first_row() const { return 0; }
+    __device__ __forceinline__ int rows() const { return rows_of_tile; }
+    __device__ __forceinline__ float2 state(int result, int row) const {
+        return load_cluster_8(shared_address_of(states + (result & two) * states_of_second + 8 * row, result >> two));
+    }
+    __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
+        return load_cluster_16(shared_address_of(outs + (result & two) * outs_of_second + 4 * (row * HEAD_DIM_V + column), result >> two));
+    }
+};
+
+// Takes the results of a tile together in their order, tasks [begin, end) of the warpgroup's rows, and writes the output. A task is COLUMNS of a row, and
+// a thread has one at a time. The warpgroup calls it, and each of its threads `all_loaded` when the results may go.
+constexpr int COLUMNS = 4, TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;
+
+template <class Results, class AllLoaded>
+__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, const Results& results, int begin, int end, AllLoaded all_loaded) {
+    const int count = results.count();
+    if (begin >= end) all_loaded();
+    for (int first_task = begin + threadIdx.x % 128; first_task - int(threadIdx.x % 128) < end; first_task += 128 * TASKS_IN_FLIGHT) {
+        float outputs[TASKS_IN_FLIGHT][COLUMNS] = {};
+        RowStates<TASKS_IN_FLIGHT> of_rows;
+        of_rows.reset();
+#pragma unroll 1
+        for (int first = 0; first < count; first += RESULTS_IN_FLIGHT) {
+            float2 states[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
+            float4 columns[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
 #pragma unroll
             for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-                const int task = first_task + 128 * t;
-                if (task >= tasks) break;
+                const int task = min(first_task + 128 * t, end - 1), row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
 #pragma unroll
-                for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
-                    if (first + i >= results) break;
-                    const float2 factor = factors(carried, task / (HEAD_DIM_V / COLUMNS), first + i);
-                    const float part[COLUMNS] = {parts[t][i].x, parts[t][i].y, parts[t][i].z, parts[t][i].w};
+                for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {  // rather the last one again than a branch for each
+                    states[t][i] = results.state(min(first + i, count - 1), row);
+                    columns[t][i] = results.outputs(min(first + i, count - 1), row, column);
+                }
+            }
 #pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) outputs[t][j] = first + i == 0 ? part[j] : Fold::of(outputs[t][j], factor.x, part[j], factor.y);
+            for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {
+                const bool is_one = first + i < count;  // what is none changes nothing, so that all factors are found beside each other
+#pragma unroll
+                for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
+                    const Fold fold(of_rows.max[t], of_rows.sum[t], is_one ? states[t][i].x : NEGATIVE_INFINITY, is_one ? states[t][i].y : 0.0f, args.scale_log2);
+                    of_rows.max[t] = fold.max;
+                    of_rows.sum[t] = fold.sum;
+                    outputs[t][0] = fold.of(outputs[t][0], is_one ? columns[t][i].x : 0.0f);
+                    outputs[t][1] = fold.of(outputs[t][1], is_one ? columns[t][i].y : 0.0f);
+                    outputs[t][2] = fold.of(outputs[t][2], is_one ? columns[t][i].z : 0.0f);
+                    outputs[t][3] = fold.of(outputs[t][3], is_one ? columns[t][i].w : 0.0f);
                 }
             }
         }
+        if (first_task - int(threadIdx.x % 128) + 128 * TASKS_IN_FLIGHT >= end) {
+#pragma unroll
+            for (int t = 0; t < TASKS_IN_FLIGHT; ++t) pin(outputs[t]);  // by now the loads have not only begun
+            all_loaded();
+        }
 #pragma unroll
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-            const int task = first_task + 128 * t, row = task / (HEAD_DIM_V / COLUMNS), column = task % (HEAD_DIM_V / COLUMNS) * COLUMNS;
-            if (task >= tasks) break;
-            const float inverse = factors(carried, row, 0).x, (&output)[COLUMNS] = outputs[t];
-            char* to = destination(args, tile, WARPGROUP_ROWS * warpgroup + row).out;
-            store_global_8(to + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
+            const int task = first_task + 128 * t, row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
+            if (task >= end) break;
+            float inverse, lse;
+            normalise(of_rows.max[t], of_rows.sum[t], args.scale_log2, inverse, lse);
+            const Destination to = destination(args, tile, results.first_row() + row);
+            const float (&output)[COLUMNS] = outputs[t];
+            store_global_8(to.out + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
+            if (to.lse != nullptr && column == 0) *to.lse = lse;
         }
     }
-    named_barrier_sync(barrier, 128);  // what it carries next would overwrite the factors
 }
 
 // What becomes of a split's result: the CTA that has a tile's first splits carries them on from one to the next; every other result waits in the
@@ -136,6 +141,9 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
     }
     named_barrier_sync(own_barrier, 128);
     carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
-    if (is_last[warpgroup]) combine(args, tile, warpgroup, own_barrier, carried + 128 * warpgroup);
+    if (is_last[warpgroup]) {
+        const WorkspaceResults results = {args, tile, warpgroup};
+        combine(args, tile, results, 0, results.rows() * TASKS_OF_ROW, [] {});
+    }
     return false;
 }
