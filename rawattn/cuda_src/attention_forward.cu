@@ -15,6 +15,9 @@ constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (
 constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && !PING_PONG && TILE_M > TILE_N;
 constexpr bool HALVES_BLOCKS = PASSES_HIDDEN_BLOCKS && TILE_N == 2 * WARPGROUP_ROWS;
 
+// Masked blocks have a loop of their own where a branch in each block costs more than the compiler needs for a second copy: up to 128 columns.
+constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE;
+
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i); }
@@ -302,18 +305,17 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             pack_probs();
 
             const auto step = [&](auto masked) {
+                if (IS_WIDE) await_v();  // so that nothing comes between the two products; with shorter ones the first had better start at once
                 start_scores(scores);
                 if (!PING_PONG) rescale_rows(output, rescale);
-                start_output(output, probs);
+                if (!IS_WIDE) await_v();
+                issue_output(output, probs, buffers.v + v_ring.stage() * V_BYTES);
                 pass_turn();
                 wgmma_wait<1>();
                 pin(scores);
                 release_k();
-                if constexpr (BOUND_LEFT) {
-                    if (block >= blocks.full_end || block < blocks.full_begin) hide_masked(scores);
-                } else if constexpr (decltype(masked)::value) {
-                    hide_masked(scores);
-                }
+                const bool is_masked = BOUND_RIGHT && (block >= blocks.full_end || (BOUND_LEFT && block < blocks.full_begin));
+                if (ONE_LOOP ? is_masked : decltype(masked)::value) hide_masked(scores);
                 softmax.raise_max(scores, args.scale_log2, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();
@@ -324,7 +326,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pack_probs();
             };
             --block;
-            if constexpr (BOUND_RIGHT && !BOUND_LEFT)
+            if constexpr (BOUND_RIGHT && !ONE_LOOP)
                 for (; block >= max(blocks.begin, blocks.full_end); --block) step(Constant<1>{});
             for (; block >= blocks.begin; --block) step(Constant<0>{});
 

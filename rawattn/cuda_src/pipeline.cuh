@@ -188,6 +188,12 @@ struct TileList {
         if constexpr (!SPLIT) return blockIdx.x;
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
         share = divide_up(total, gridDim.x);
+        // Where all tiles are equal and as good as fill the shares, each has whole ones: then no CTA waits for another's splits.
+        const int of_sequence = __shfl_sync(~0u, own.count(), 0), of_tile = __shfl_sync(~0u, own.splits * own.cost, 0);
+        if (of_sequence * args.batch == total) {
+            const int whole = divide_up(share, of_tile) * of_tile;
+            if (whole - share <= share / 16) share = whole;
+        }
         share_start = min(total, int(blockIdx.x) * share);
         share_end = min(total, share_start + share);
         const uint32_t beyond = __ballot_sync(~0u, up_to > share_start);
