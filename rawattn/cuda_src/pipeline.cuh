@@ -188,11 +188,18 @@ struct TileList {
         if constexpr (!SPLIT) return blockIdx.x;
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
         share = divide_up(total, gridDim.x);
-        // Where all tiles are equal and as good as fill the shares, each has whole ones: then no CTA waits for another's splits.
-        const int of_sequence = __shfl_sync(~0u, own.count(), 0), of_tile = __shfl_sync(~0u, own.splits * own.cost, 0);
+        // Where all tiles are equal, shares end where these do, or at equal parts of them, if they become little longer: then few CTAs or none wait for
+        // another's splits, and all heads of a sequence are read at the same pace, as they lie in memory.
+        const int of_sequence = __shfl_sync(~0u, own.count(), 0), cost = __shfl_sync(~0u, own.cost, 0);
         if (of_sequence * args.batch == total) {
-            const int whole = divide_up(share, of_tile) * of_tile;
-            if (whole - share <= share / 16) share = whole;
+            for (int splits = __shfl_sync(~0u, own.splits, 0);; splits /= 2) {
+                const int unit = splits * cost, rounded = divide_up(share, unit) * unit;
+                if (rounded - share <= share / 16) {
+                    share = rounded;
+                    break;
+                }
+                if (splits % 2 != 0) break;
+            }
         }
         share_start = min(total, int(blockIdx.x) * share);
         share_end = min(total, share_start + share);
