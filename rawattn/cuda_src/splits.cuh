@@ -22,9 +22,10 @@ struct WorkspaceResults {
 
 // Or, each split's apart, in the shared memory of a cluster's CTAs, of which each has one split or two.
 struct ClusterResults {
-    uint32_t outs, states;                  // [rows, Dv] and [rows] float2 of a CTA's first split
+    uint32_t outs, states;                      // [rows, Dv] and [rows] float2 of a CTA's first split
     uint32_t outs_of_second, states_of_second;  // how many bytes further those of its second are
-    int splits, rows_of_tile, two;
+    int splits, rows_of_tile;
+    int two;  // 1: each CTA has two splits, 0: one
 
     __device__ __forceinline__ int count() const { return splits; }
     __device__ __forceinline__ int first_row() const { return 0; }
@@ -37,15 +38,15 @@ struct ClusterResults {
     }
 };
 
-// Takes the results of a tile together in their order, tasks [begin, end) of the warpgroup's rows, and writes the output. A task is COLUMNS of a row, and
-// a thread has one at a time. The warpgroup calls it, and each of its threads `all_loaded` when the results may go.
-constexpr int COLUMNS = 4, TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;
+constexpr int COLUMNS = 4, TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;  // of a row, one thread's task
 
+// Takes the results of a tile together in their order, for tasks [begin, end) of the rows, and writes the output. A warpgroup calls it, and each of its
+// threads `all_loaded` when the results may go.
 template <class Results, class AllLoaded>
 __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, const Results& results, int begin, int end, AllLoaded all_loaded) {
-    const int count = results.count();
+    const int count = results.count(), thread = threadIdx.x % 128;
     if (begin >= end) all_loaded();
-    for (int first_task = begin + threadIdx.x % 128; first_task - int(threadIdx.x % 128) < end; first_task += 128 * TASKS_IN_FLIGHT) {
+    for (int first_task = begin; first_task < end; first_task += 128 * TASKS_IN_FLIGHT) {
         float outputs[TASKS_IN_FLIGHT][COLUMNS] = {};
         RowStates<TASKS_IN_FLIGHT> of_rows;
         of_rows.reset();
@@ -55,7 +56,7 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
             float4 columns[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
 #pragma unroll
             for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-                const int task = min(first_task + 128 * t, end - 1), row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
+                const int task = min(first_task + thread + 128 * t, end - 1), row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
 #pragma unroll
                 for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {  // rather the last one again than a branch for each
                     states[t][i] = results.state(min(first + i, count - 1), row);
@@ -77,14 +78,14 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
                 }
             }
         }
-        if (first_task - int(threadIdx.x % 128) + 128 * TASKS_IN_FLIGHT >= end) {
+        if (first_task + 128 * TASKS_IN_FLIGHT >= end) {
 #pragma unroll
             for (int t = 0; t < TASKS_IN_FLIGHT; ++t) pin(outputs[t]);  // by now the loads have not only begun
             all_loaded();
         }
 #pragma unroll
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-            const int task = first_task + 128 * t, row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
+            const int task = first_task + thread + 128 * t, row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
             if (task >= end) break;
             float inverse, lse;
             normalise(of_rows.max[t], of_rows.sum[t], args.scale_log2, inverse, lse);
