@@ -390,7 +390,7 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
     }
 }
 
-// What no other tile reads leaves L2 first; pages share the lines of their tables' neighbours, and were slower so.
+// What no other tile reads leaves L2 first; small pages were slower so.
 constexpr uint64_t KV_POLICY = TRANSPOSED && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
 
 template <uint64_t L2_POLICY>
@@ -549,7 +549,7 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
         consume(warp / 4 - 1);
         return;
     }
-    // Behind the start, so that the first load waits for few instructions that are not in the cache yet.
+    // The producer's code follows the start, which its first load waits for.
     if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
     if (warp == 0) produce(args, list, buffers);
 }
