@@ -294,7 +294,9 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 softmax.raise_max(scores, args.scale_log2, rescale);
                 softmax.exponentiate(scores, args.scale_log2);
             };
-            if (HALVES_BLOCKS && blocks.own_end <= block * TILE_N + TILE_N / 2) {
+            if constexpr (!HALVES_BLOCKS) {
+                first_step(scores);
+            } else if (blocks.own_end <= block * TILE_N + TILE_N / 2) {
                 float half[TILE_N / 4];
                 first_step(half);
 #pragma unroll
@@ -314,8 +316,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 wgmma_wait<1>();
                 pin(scores);
                 release_k();
-                const bool is_masked = BOUND_RIGHT && (block >= blocks.full_end || (BOUND_LEFT && block < blocks.full_begin));
-                if (ONE_LOOP ? is_masked : decltype(masked)::value) hide_masked(scores);
+                if constexpr (BOUND_RIGHT && ONE_LOOP) {
+                    if (block >= blocks.full_end || (BOUND_LEFT && block < blocks.full_begin)) hide_masked(scores);
+                } else if constexpr (decltype(masked)::value) {
+                    hide_masked(scores);
+                }
                 softmax.raise_max(scores, args.scale_log2, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();
