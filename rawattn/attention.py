@@ -57,10 +57,10 @@ def attention(
         UnsupportedEnvironment: no usable GPU, driver or compiler for arrays on a GPU.
 
     The work is queued on the stream that is current for the arrays' framework; the host waits for nothing but the compiler, at the first
-    call of a kind, which is to be made before a CUDA graph captures one. Two runs give the same bits, and a sequence's result does not
-    depend on the batch around it. Where there are four times as many keys as queries or more, the keys may be split among the GPU's
-    multiprocessors, by the shapes of one sequence alone; attention_varlen() does not split, and may differ in the last bit. The method is
-    FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
+    call of a kind (few sequences and many are two), which is to be made before a CUDA graph captures one. Two runs give the same bits, and
+    a sequence's result does not depend on the batch around it. Where there are four times as many keys as queries or more, the keys may be
+    split among the GPU's multiprocessors, by the shapes of one sequence alone; attention_varlen() does not split, and may differ in the
+    last bit. The method is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608).
 
     >>> import numpy as np, rawattn
     >>> q = np.ones((1, 4, 8, 64), np.float16)

@@ -139,6 +139,7 @@ def _launch_with(
 
 def _clusters_at_once(function: int, cluster: int, threads: int, shared_memory: int) -> int:
     """How many clusters of so many CTAs the GPU has room for, or a part of one that MIG made; none where no GPC has so many SMs."""
+    _make_context_current()  # for the query, as for a launch
     number = ctypes.c_int()
     config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], cluster, threads, shared_memory)
     _driver("cuOccupancyMaxActiveClusters")(ctypes.byref(number), ctypes.c_void_p(function), ctypes.byref(config))

@@ -315,7 +315,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (!is_whole) {
             if constexpr (CLUSTER) {
                 const bool is_second = tile.split > tile.run_begin;
-                if (is_second) named_barrier_sync(1 + 2 * CONSUMER_WARPGROUPS, CONSUMER_THREADS);  // all have read all of K, whose buffers are large enough
+                static_assert(4 * TILE_M * HEAD_DIM_V <= STAGES * (K_BYTES + V_BYTES), "the second result does not fit where K and V were");
+                if (is_second) named_barrier_sync(1 + 2 * CONSUMER_WARPGROUPS, CONSUMER_THREADS);  // all have read all of K and V
                 keep_result(tile, output, states, is_second ? static_cast<float*>(__cvta_shared_to_generic(buffers.k)) : carried, kept_states + (is_second ? TILE_M : 0));
             } else {
                 is_whole = join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last);
