@@ -18,7 +18,7 @@ __device__ __forceinline__ int fragment_position(int i) { return threadIdx.x % 1
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i % REGISTERS); }
 __device__ __forceinline__ int output_column(int i) { return 64 * (i / REGISTERS) + fragment_position(i % REGISTERS); }
 __device__ __forceinline__ int own_warpgroup() { return CONSUMER_WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0) - 1; }
-__device__ __forceinline__ int own_barrier() { return 1 + own_warpgroup(); }
+__device__ __forceinline__ int warpgroup_barrier() { return 1 + own_warpgroup(); }
 __device__ __forceinline__ int warpgroup_row(int r) { return r / 2 * 8 + 2 * (threadIdx.x % 4) + r % 2; }
 __device__ __forceinline__ int tile_row(int r) { return WARPGROUP_ROWS * own_warpgroup() + warpgroup_row(r); }
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float
 #pragma unroll
         for (int r = 0; r < ROWS_OF_THREAD; r += 2) exchange[warp * (WARPGROUP_ROWS / 2) + warpgroup_row(r) / 2] = make_float2(values[r], values[r + 1]);
     }
-    named_barrier_sync(own_barrier(), 128);
+    named_barrier_sync(warpgroup_barrier(), 128);
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
         float2 of_warp[4];
@@ -214,7 +214,7 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 
 // CLUSTER: leaves a split's result in shared memory, for all CTAs of the cluster: `outs` is [rows, Dv], kept_states [rows].
 __device__ __forceinline__ void keep_result(const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states, float* outs, float2* kept_states) {
-    const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row);
+    const int rows = existing_rows(tile);
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
         const int row = tile_row(r);
@@ -288,7 +288,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 store_probs(scores, probs_smem + PROBS_BYTES);
             }
             async_proxy_fence();
-            named_barrier_sync(own_barrier(), 128);
+            named_barrier_sync(warpgroup_barrier(), 128);
         };
         if (blocks.begin < blocks.end) {  // a split may have no key that the tile sees
             int block = blocks.end - 1;
@@ -341,11 +341,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     if constexpr (CLUSTER) {
         const WorkTile& tile = buffers.tile_slots[0];
         if (tile.first_row < 0 || tile.splits == 1) return;  // those that end without a split are not waited for
-        const int two = splits_of_a_rank(tile.splits) - 1, rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row), tasks = rows * TASKS_OF_ROW;
+        const int two = splits_of_a_rank(tile.splits) - 1, tasks = existing_rows(tile) * TASKS_OF_ROW;
         const int parts = (tile.splits + two >> two) * CONSUMER_WARPGROUPS, tasks_of_part = divide_up(tasks, parts);
         const int begin = (cluster_rank() * CONSUMER_WARPGROUPS + warpgroup) * tasks_of_part;
         const uint32_t outs = shared_address(carried);
-        const ClusterResults results = {outs, shared_address(kept_states), buffers.k - outs, 8 * TILE_M, tile.splits, rows, two};
+        const ClusterResults results = {outs, shared_address(kept_states), buffers.k - outs, 8 * TILE_M, tile.splits, two};
         cluster_arrive();
         cluster_wait();
         combine(args, tile, results, begin, min(tasks, begin + tasks_of_part), cluster_arrive_after_reads);

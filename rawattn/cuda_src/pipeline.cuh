@@ -45,6 +45,7 @@ constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M / CONSUMER_WARPGROUPS;
+constexpr bool MAY_BE_PACKED = !TRANSPOSED;  // transposed tiles have the few queries that the host knows each sequence to have
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
@@ -91,11 +92,11 @@ struct Sequence {
 
 __device__ __forceinline__ Sequence sequence(const Arguments& args, int batch) {
     Sequence seq = {0, args.seqlen_q, 0, args.seqlen_k, batch};
-    if (!TRANSPOSED && args.cu_seqlens_q != nullptr) {
+    if (MAY_BE_PACKED && args.cu_seqlens_q != nullptr) {
         seq.q_start = args.cu_seqlens_q[batch];
         seq.q_length = max(0, args.cu_seqlens_q[batch + 1] - seq.q_start);
     }
-    if (!TRANSPOSED && args.cu_seqlens_k != nullptr) {
+    if (MAY_BE_PACKED && args.cu_seqlens_k != nullptr) {
         seq.k_start = args.cu_seqlens_k[batch];
         seq.k_length = max(0, args.cu_seqlens_k[batch + 1] - seq.k_start);
         seq.k_batch = 0;
@@ -119,7 +120,7 @@ __device__ __forceinline__ void write_tile(const Arguments& args, const Sequence
     tile.batch = batch;
     tile.q_start = seq.q_start;
     tile.q_length = seq.q_length;
-    tile.q_batch = !TRANSPOSED && args.cu_seqlens_q != nullptr ? 0 : batch;
+    tile.q_batch = MAY_BE_PACKED && args.cu_seqlens_q != nullptr ? 0 : batch;
     if constexpr (SPLIT) {
         tile.q_row = 0;
         tile.q_offset = seq.q_start + m_block * (TILE_ROWS / PACK);
@@ -300,7 +301,6 @@ __device__ __forceinline__ int splits_of_a_rank(int splits) { return splits > cl
 // CLUSTER: each tile, the only one of its sequence and head, has a cluster of CTAs, and each of them a run of its splits, in the cluster's order. So a
 // CTA looks at one length. A place is a split's in the run; otherwise as TileList.
 struct RunOfSplits {
-    static constexpr int before = 0;
     Sequence seq;
     int batch, head;
     int count;  // of the run
@@ -336,6 +336,9 @@ struct RunOfSplits {
         return place + 1;
     }
 };
+
+// Of the TILE_ROWS of a tile, how many its sequence has.
+__device__ __forceinline__ int existing_rows(const WorkTile& tile) { return min(TILE_ROWS, tile.q_length * PACK - tile.first_row); }
 
 __device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile& tile) {
     return sequence_mask(args, tile.q_length, tile.k_length);
@@ -509,7 +512,9 @@ __device__ __forceinline__ void produce(const Arguments& args, List& list, const
     }
     mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot_ring.stage());
     // As many ask as there are tiles: who is told the last number knows that nobody asks after it, and leaves zero for the next launch.
-    if (!SPLIT && threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+    if constexpr (!SPLIT) {
+        if (threadIdx.x == 0 && place - int(gridDim.x) == list.before - 1) *args.next_tile = 0;
+    }
 }
 
 __device__ __forceinline__ void make_barriers(uint32_t barriers) {

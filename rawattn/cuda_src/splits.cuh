@@ -12,7 +12,7 @@ struct WorkspaceResults {
 
     __device__ __forceinline__ int count() const { return tile.splits - tile.first_splits + 1; }
     __device__ __forceinline__ int first_row() const { return WARPGROUP_ROWS * warpgroup; }
-    __device__ __forceinline__ int rows() const { return min(WARPGROUP_ROWS, min(TILE_ROWS, tile.q_length * PACK - tile.first_row) - first_row()); }
+    __device__ __forceinline__ int rows() const { return min(WARPGROUP_ROWS, existing_rows(tile) - first_row()); }
     __device__ __forceinline__ Partial at(int result, int row) const { return partial(args, tile, tile.first_splits - 1 + result, first_row() + row); }
     __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(at(result, row).state); }
     __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
@@ -24,12 +24,10 @@ struct WorkspaceResults {
 struct ClusterResults {
     uint32_t outs, states;                      // [rows, Dv] and [rows] float2 of a CTA's first split
     uint32_t outs_of_second, states_of_second;  // how many bytes further those of its second are
-    int splits, rows_of_tile;
-    int two;  // 1: each CTA has two splits, 0: one
+    int splits, two;                            // two: 1 where each CTA has two splits, else 0
 
     __device__ __forceinline__ int count() const { return splits; }
     __device__ __forceinline__ int first_row() const { return 0; }
-    __device__ __forceinline__ int rows() const { return rows_of_tile; }
     __device__ __forceinline__ float2 state(int result, int row) const {
         return load_cluster_8(shared_address_of(states + (result & two) * states_of_second + 8 * row, result >> two));
     }
@@ -104,7 +102,7 @@ template <int REGISTERS>
 __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTile& tile, int warpgroup, float (&output)[REGISTERS], RowStates<ROWS_OF_THREAD>& states,
                                             float* carried, RowStates<ROWS_OF_THREAD>& carried_states, int* is_last) {
     float* own_carried = carried + threadIdx.x - 128;
-    const int rows = min(TILE_ROWS, tile.q_length * PACK - tile.first_row);  // that there are
+    const int rows = existing_rows(tile);
     if (tile.run_begin == 0) {
         if (tile.split > 0) {
 #pragma unroll
