@@ -89,18 +89,32 @@ __device__ __forceinline__ void mask_scores(float (&scores)[N], const Mask& mask
     }
 }
 
+// The descriptors of Q for the first steps of Q K^T, which a tile keeps in uniform registers: left to itself, ptxas makes each again between two MMAs.
+// There is room for eight.
+constexpr int QK_STEPS = (HEAD_DIM + 15) / 16, KEPT_STEPS = QK_STEPS < 8 ? QK_STEPS : 8;
+
+struct QDescriptors {
+    MatrixDescriptor<Q_SLAB> first;
+    uint64_t kept[KEPT_STEPS];
+
+    __device__ __forceinline__ explicit QDescriptors(uint32_t q_smem) : first(q_smem) {
+#pragma unroll
+        for (int step = 0; step < KEPT_STEPS; ++step) {
+            kept[step] = first.at(step / 4 * Q_SLAB + step % 4 * 32);
+            pin(kept[step]);
+        }
+    }
+    __device__ __forceinline__ uint64_t at(int step) const { return step < KEPT_STEPS ? kept[step % KEPT_STEPS] : first.at(step / 4 * Q_SLAB + step % 4 * 32); }
+};
+
 // scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys, or the first 2 N keys of one
 template <int N>
-__device__ __forceinline__ void issue_scores(float (&scores)[N], uint32_t q_smem, uint32_t k_smem) {
-    const MatrixDescriptor<Q_SLAB> q(q_smem);
+__device__ __forceinline__ void issue_scores(float (&scores)[N], const QDescriptors& q, uint32_t k_smem) {
     const MatrixDescriptor<KV_SLAB> k(k_smem);
     pin(scores);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
-        const int slab = step / 4, within = step % 4 * 32;
-        wgmma_scores(scores, q.at(slab * Q_SLAB + within), k.at(slab * KV_SLAB + within), step > 0);
-    }
+    for (int step = 0; step < QK_STEPS; ++step) wgmma_scores(scores, q.at(step), k.at(step / 4 * KV_SLAB + step % 4 * 32), step > 0);
     wgmma_commit();
     pin(scores);
 }
@@ -123,9 +137,9 @@ __device__ __forceinline__ void scale_rows(float (&output)[HEAD_DIM_V / 2], cons
     for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] *= factor[fragment_row(i)];
 }
 
-// Most blocks leave the maximum where it was, and a factor of 1 changes no bit.
+// Most blocks leave the maximum where it was, and a factor of 1 changes no bit. Beyond 64 columns the multiplications fit between the exponentials.
 __device__ __forceinline__ void rescale_rows(float (&output)[HEAD_DIM_V / 2], const float (&factor)[2]) {
-    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(output, factor);
+    if (HEAD_DIM_V > 64 || __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(output, factor);
 }
 
 // Writes the warpgroup's 64 rows. The four lanes of a row transpose 4 x 4 words, so that each stores 16 bytes.
@@ -202,10 +216,10 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     RowStates<ROWS_OF_THREAD> carried_states;
     const auto await_k = [&] { mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase()); };
     const auto await_v = [&] { mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase()); };
-    const auto start_scores = [&](auto& scores) {
+    const auto start_scores = [&](auto& scores, const QDescriptors& q) {
         await_k();
         if (PING_PONG) named_barrier_sync(my_turn, 256);
-        issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES, buffers.k + k_ring.stage() * K_BYTES);
+        issue_scores(scores, q, buffers.k + k_ring.stage() * K_BYTES);
     };
     const auto start_output = [&](float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4]) {
         await_v();
@@ -260,6 +274,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
             if (is_last_of_q) release_q();
         } else {
+            const QDescriptors q(buffers.q + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES);
             const auto hide_masked = [&](auto& scores) { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
             const auto pack_probs = [&] {
 #pragma unroll
@@ -280,7 +295,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 --block;
             }
             const auto first_step = [&](auto& scores) {
-                start_scores(scores);
+                start_scores(scores, q);
                 pass_turn();
                 if (passes) {
                     await_v();
@@ -308,7 +323,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
 
             const auto step = [&](auto masked) {
                 if (IS_WIDE) await_v();  // so that nothing comes between the two products; with shorter ones the first had better start at once
-                start_scores(scores);
+                start_scores(scores, q);
                 if (!PING_PONG) rescale_rows(output, rescale);
                 if (!IS_WIDE) await_v();
                 issue_output(output, probs, buffers.v + v_ring.stage() * V_BYTES);
