@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, cluster_size, grid, tile_for
+from .tiles import MAX_SPLITS, SLAB, cache_spec, cluster_size, grid, is_alone, tile_for
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -384,6 +384,9 @@ class Plan:
                 spec = clustered
             else:
                 cluster = 0
+        elif is_alone(spec, tiles, multiprocessors):
+            spec = replace(spec, alone=True)
+            tile = tile_for(spec)
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
         places, of_a_sequence, share = tiles + multiprocessors, m_blocks * (heads // spec.pack), 0
         if spec.split_rows:

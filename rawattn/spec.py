@@ -35,6 +35,7 @@ class KernelSpec:
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
     cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_size).
+    alone:      where keys are split, whether a CTA has an SM to itself, though two would fit (tiles.is_alone).
 
     >>> KernelSpec("bfloat16", 128, 128, 4, "causal").name
     'attn_fwd_bf16_d128_gqa4_causal'
@@ -50,6 +51,7 @@ class KernelSpec:
     page_rows: int = 0
     short: bool = False
     cluster: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -65,8 +67,9 @@ class KernelSpec:
             raise ValueError(f"split_rows is {self.split_rows}; needed: 0 or one of {', '.join(map(str, ROWS_OF_SPLIT_TILES))}")
         if (self.split_rows or self.page_rows) and not self.varlen:
             raise ValueError(f"varlen is {self.varlen}; needed: True where keys are split or lie in pages")
-        if self.cluster and not self.split_rows:
-            raise ValueError(f"cluster is {self.cluster}; needed: False where keys are not split")
+        for name in ("cluster", "alone"):
+            if getattr(self, name) and not self.split_rows:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: False where keys are not split")
 
     @property
     def pack(self) -> int:
@@ -84,4 +87,5 @@ class KernelSpec:
         parts += [f"page{self.page_rows}"] if self.page_rows else []
         parts += ["short"] if self.short else []
         parts += ["cluster"] if self.cluster else []
+        parts += ["alone"] if self.alone else []
         return "_".join(parts)

@@ -12,8 +12,9 @@ SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
-MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
+MAX_SPLITS = 16  # of one tile: what is kept for the combination, and its time, grow with it
 PORTABLE_CLUSTER = 8  # CTAs; larger ones have few places where all their SMs are near each other
+BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -194,11 +195,11 @@ def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
 def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> int:
     """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits is shared out instead.
 
-    That is so where keys are few enough for one split, and where the clusters of a call's `tiles` would not all be on the GPU at once. A
-    sequence has `keys` keys at most, so that the lengths, which only the device knows, have no say.
+    That is so where keys are few enough for one split, where the clusters of all `tiles` would not be on the GPU at once, and where
+    a tile need not be cut (is_alone). A sequence has `keys` keys at most, so that the lengths, which only the device knows, have no say.
     """
     tile = tile_for(spec)
-    if not tile.transposed:
+    if not tile.transposed or is_alone(spec, tiles, multiprocessors):
         return 0
     blocks = -(-keys // tile.tile_n)  # at most; fewer have no more splits than these, by blocks_of_a_split:
     splits = min(tile.most_splits(tiles_of_sequence), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
@@ -206,18 +207,32 @@ def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:
         size //= 2
+    while 2 * size <= splits and tiles * size < BUSY_CTAS:
+        size *= 2
     return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
 
 
+def is_alone(spec: KernelSpec, tiles: int, multiprocessors: int) -> bool:
+    """Whether each CTA should have an SM to itself: where nearly each SM then has a tile, which need not be cut.
+
+    To take the results of a cut tile together costs 3 to 8 us, at the end of all CTAs, when nothing is loaded any more.
+    """
+    return tile_for(spec).ctas_per_sm > 1 and 7 * multiprocessors < 8 * tiles <= 8 * multiprocessors
+
+
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
-    """`spec`, and its variant for clusters if a launch may take that instead."""
-    return (spec, replace(spec, cluster=True)) if tile_for(spec).transposed else (spec,)
+    """`spec`, and its variants for clusters, and for CTAs that have an SM to themselves, if a launch may take one instead."""
+    tile = tile_for(spec)
+    variants = (spec, replace(spec, cluster=True)) if tile.transposed else (spec,)
+    return (*variants, replace(spec, alone=True)) if tile.ctas_per_sm > 1 else variants
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
     """CTAs of a launch of `tiles` tiles of `batch` sequences."""
     if not spec.split_rows:
         return min(multiprocessors, tiles)
+    if spec.alone:
+        return tiles
     if batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
         multiprocessors *= tile_for(spec).ctas_per_sm  # fewer splits are better spread over as many SMs
     return min(multiprocessors, tiles * MAX_SPLITS)
@@ -228,7 +243,7 @@ def tile_for(spec: KernelSpec) -> Tile:
     if spec.split_rows:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
-                return tile
+                return replace(tile, ctas_per_sm=1, stages=tile.ctas_per_sm * tile.stages) if spec.alone else tile
     if spec.short:
         return SHORT_TILE
     for head_dim, head_dim_v, masks, tile in TABLE:

@@ -76,7 +76,7 @@ def test_inputs_are_normal_and_the_same_each_time() -> None:
     assert abs(float((values * k).mean())) < 2e-3  # of another stream of numbers
 
 
-@pytest.mark.parametrize("batch", [1, 80])
+@pytest.mark.parametrize("batch", [1, 64, 80])
 def test_explain_shows_the_variant_that_is_launched(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     loaded: list[KernelSpec] = []
 
@@ -89,7 +89,7 @@ def test_explain_shows_the_variant_that_is_launched(monkeypatch: pytest.MonkeyPa
     q, k, v = (cp.zeros((batch, rows, heads, 128), np.float16) for rows, heads in ((1, 8), (777, 2), (777, 2)))
     rawattn.attention_with_kvcache(q, k, v, cache_seqlens=cp.full(batch, 700, np.int32))
     spec, cluster = explain.launched(shape, cp.cuda.Device().attributes["MultiProcessorCount"])
-    assert set(loaded) == {spec} and (cluster > 0) == (batch == 1)
+    assert set(loaded) == {spec} and (cluster > 0) == (batch == 1) and spec.alone == (batch == 64)
 
 
 def test_explain_counts_the_sms_of_this_gpu() -> None:

@@ -31,6 +31,8 @@ from rawattn.tiles import (
     Tile,
     blocks_of_a_split,
     cluster_size,
+    grid,
+    is_alone,
     split_rows,
     tile_for,
 )
@@ -288,6 +290,9 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
             in_cluster = replace(spec, cluster=True)
             assert tile_for(in_cluster) is tile
             assert tile.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
+        alone = tile_for(replace(spec, alone=True))
+        assert alone.ctas_per_sm == 1 and alone.stages == tile.stages * tile.ctas_per_sm
+        assert alone.shared_memory_bytes(replace(spec, alone=True)) <= SHARED_MEMORY_LIMIT, spec
         producer, consumer = tile.registers
         assert tile.registers == (0, 0) or all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec
         assert 128 * tile.ctas_per_sm * (producer + tile.consumer_warpgroups * consumer) <= 65536, spec
@@ -387,6 +392,16 @@ def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
         assert most > 1 and size in enough and fits(size)
     else:  # only if there is nothing to share, or no room; two splits would want an SM each
         assert most == 1 or not fits(enough[0]) or (most == 2 and 2 * tiles > multiprocessors)
+
+
+@pytest.mark.parametrize(
+    "rows, tiles, alone", [(8, 115, False), (8, 116, True), (8, 132, True), (8, 133, False), (32, 128, False), (128, 128, False)]
+)
+def test_where_nearly_each_sm_has_a_tile_it_has_one_cta(rows: int, tiles: int, alone: bool) -> None:
+    spec = spec_of_row(128, 128, rows)
+    assert is_alone(spec, tiles, 132) == alone
+    if alone:
+        assert grid(replace(spec, alone=True), 32, tiles, 132) == tiles
 
 
 @examples

@@ -9,7 +9,8 @@
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
 constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4;
-constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2, RESULTS_IN_FLIGHT = 8;  // of a combination (splits.cuh), as registers allow
+constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
+constexpr int RESULTS_IN_FLIGHT = TASKS_IN_FLIGHT == 1 ? 8 : 6;
 constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
 
 __device__ __forceinline__ int fragment_row(int i) { return i / 4 * 2 + i % 2; }

@@ -8,20 +8,26 @@ constexpr int COLUMNS = 4;  // of a row, that one thread combines at a time
 // Where a tile's results lie that are to be taken together: in the workspace, that of the share which has the first splits before all others. A row is
 // one of the warpgroup's.
 struct WorkspaceResults {
-    const Arguments& args;
-    const WorkTile& tile;
-    int warpgroup;
+    const float* outs;     // [results, partial_rows, Dv], from the warpgroup's first row on
+    const float2* states;  // [results, partial_rows, 4]
+    int results, partial_rows, first, existing;
 
-    __device__ __forceinline__ int count() const { return tile.splits - tile.first_splits + 1; }
-    __device__ __forceinline__ int first_row() const { return WARPGROUP_ROWS * warpgroup; }
-    __device__ __forceinline__ int rows() const { return min(WARPGROUP_ROWS, existing_rows(tile) - first_row()); }
+    __device__ __forceinline__ WorkspaceResults(const Arguments& args, const WorkTile& tile, int warpgroup)
+        : results(tile.splits - tile.first_splits + 1), partial_rows(args.partial_rows), first(WARPGROUP_ROWS * warpgroup),
+          existing(min(WARPGROUP_ROWS, existing_rows(tile) - first)) {
+        const Partial from = partial(args, tile, tile.first_splits - 1, first);
+        outs = from.out;
+        states = from.state;
+    }
+    __device__ __forceinline__ int count() const { return results; }
+    __device__ __forceinline__ int first_row() const { return first; }
+    __device__ __forceinline__ int rows() const { return existing; }
     __device__ __forceinline__ int first_column() const { return 0; }
     __device__ __forceinline__ int columns() const { return HEAD_DIM_V; }
     __device__ __forceinline__ int row_of(int task) const { return task / (HEAD_DIM_V / COLUMNS); }
-    __device__ __forceinline__ Partial at(int result, int row) const { return partial(args, tile, tile.first_splits - 1 + result, first_row() + row); }
-    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(at(result, row).state); }
+    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(states + 4 * (result * partial_rows + row)); }
     __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
-        return __ldcg(reinterpret_cast<const float4*>(at(result, row).out + column));
+        return __ldcg(reinterpret_cast<const float4*>(outs + (result * partial_rows + row) * HEAD_DIM_V + column));
     }
 };
 
@@ -146,7 +152,7 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
     named_barrier_sync(own_barrier, 128);
     carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
     if (is_last[warpgroup]) {
-        const WorkspaceResults results = {args, tile, warpgroup};
+        const WorkspaceResults results(args, tile, warpgroup);
         combine(args, tile, results, threadIdx.x % 128, 128);
     }
     return false;
