@@ -152,6 +152,10 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
 )
 
 
+def _alone(tile: Tile) -> Tile:
+    return replace(tile, ctas_per_sm=1, stages=tile.ctas_per_sm * tile.stages, reason="a tile for nearly each SM, so that none is cut")
+
+
 def is_short(spec: KernelSpec, rows_q: int) -> bool:
     """Whether SHORT_TILE serves sequences of `rows_q` queries better than the first row of the table."""
     return max(spec.head_dim, spec.head_dim_v) <= 64 and spec.mask != "window" and not spec.varlen and rows_q <= SHORT_QUERIES
@@ -239,7 +243,7 @@ def tile_for(spec: KernelSpec) -> Tile:
     if spec.split_rows:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
-                return replace(tile, ctas_per_sm=1, stages=tile.ctas_per_sm * tile.stages) if spec.alone else tile
+                return _alone(tile) if spec.alone else tile
     if spec.short:
         return SHORT_TILE
     for head_dim, head_dim_v, masks, tile in TABLE:
