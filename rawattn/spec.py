@@ -70,6 +70,8 @@ class KernelSpec:
         for name in ("cluster", "alone"):
             if getattr(self, name) and not self.split_rows:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: False where keys are not split")
+        if self.alone and self.cluster:
+            raise ValueError(f"alone is {self.alone}; needed: False in a cluster")
 
     @property
     def pack(self) -> int:

@@ -12,9 +12,8 @@ SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
-MAX_SPLITS = 16  # of one tile: what is kept for the combination, and its time, grow with it
+MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
 PORTABLE_CLUSTER = 8  # CTAs; larger ones have few places where all their SMs are near each other
-BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -153,6 +152,7 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
 
 
 def _alone(tile: Tile) -> Tile:
+    """The tile of a CTA that has an SM to itself: the stages of all that would share it."""
     return replace(tile, ctas_per_sm=1, stages=tile.ctas_per_sm * tile.stages, reason="a tile for nearly each SM, so that none is cut")
 
 
@@ -207,13 +207,11 @@ def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:
         size //= 2
-    while 2 * size <= splits and tiles * size < BUSY_CTAS:
-        size *= 2
     return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
 
 
 def is_alone(spec: KernelSpec, tiles: int, multiprocessors: int) -> bool:
-    """Whether each CTA should have an SM to itself: where nearly each SM then has a tile, which need not be cut.
+    """Whether each CTA should have an SM to itself: where nearly each SM then has a tile, which need not be cut if all are equal.
 
     To take the results of a cut tile together costs 3 to 8 us, at the end of all CTAs, when nothing is loaded any more.
     """
@@ -239,7 +237,7 @@ def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
 
 
 def tile_for(spec: KernelSpec) -> Tile:
-    """The row of the table that serves `spec`. It depends on nothing but the spec, so a row's bits cannot depend on its batch."""
+    """The row of the table that serves `spec`, or its _alone. It depends on the spec alone, so a row's bits cannot depend on its batch."""
     if spec.split_rows:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:

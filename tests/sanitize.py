@@ -27,12 +27,8 @@ DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat1
 HEADS, KV_HEADS = 4, 2
 QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
 LENGTHS, CAPACITY = (0, 1, 65, 500), 592  # keys in the cache
-TIMES = (
-    1,
-    7,
-    16,
-    17,
-)  # as many sequences of each length: a cluster's CTA has one split, two, or there are no clusters, with a tile for each SM or more
+# As many sequences of each length: a cluster's CTA has one split, or two; no clusters, with a tile for nearly each SM, or for more.
+FEW, ALONE, MANY = (1, 7), 16, 17
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -89,9 +85,9 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    for times in TIMES if tile_for(spec).transposed else (1,):
+    for times in (*FEW, ALONE, MANY) if tile_for(spec).transposed else (1,):
         clusters = cluster_size(spec, times * batch * KV_HEADS, KV_HEADS, CAPACITY, cp.cuda.Device().attributes["MultiProcessorCount"])
-        assert not tile_for(spec).transposed or (clusters > 0) == (times < TIMES[-2])
+        assert not tile_for(spec).transposed or (clusters > 0) == (times in FEW)
         many = cp.concatenate([q] * times)
         out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec), times), **masks, return_lse=True)
         report(f"{spec.name} read by {len(many)}, {clusters} CTAs a cluster", out)

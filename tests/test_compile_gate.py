@@ -37,7 +37,7 @@ def split_specs() -> Iterator[KernelSpec]:
             yield KernelSpec(dtype, head_dim, head_dim_v, 4, mask, True, tile.tile_m, rows)
 
 
-def cluster_specs() -> Iterator[KernelSpec]:
+def launch_specs() -> Iterator[KernelSpec]:
     """Each row that may have clusters, or CTAs with an SM to themselves: masks in turn, one dtype without pages and the other with some."""
     rows = [row for row in SPLIT_TABLE if row[-1].transposed]
     for number, ((head_dim, head_dim_v, tile), mask) in enumerate(zip(rows, itertools.cycle(MASKS), strict=False)):
@@ -46,7 +46,7 @@ def cluster_specs() -> Iterator[KernelSpec]:
             yield from launch_variants(spec)[1:]
 
 
-SPECS = [*PLAIN, *split_specs(), *cluster_specs()]
+SPECS = [*PLAIN, *split_specs(), *launch_specs()]
 
 
 def register_limit(spec: KernelSpec) -> int:
