@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, cluster_size, grid, is_alone, tile_for
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, launch_variant, tile_for
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -377,16 +377,11 @@ class Plan:
         # Where only the device knows the lengths, an upper bound.
         tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
         multiprocessors = device.attributes["MultiProcessorCount"]
-        cluster = cluster_size(spec, tiles, heads // spec.pack, rows_k, multiprocessors)
-        if cluster:
-            clustered = replace(spec, cluster=True)
-            if tiles <= _clusters_at_once(load(clustered).ptr, cluster, tile.threads, tile.shared_memory_bytes(clustered)):
-                spec = clustered
-            else:
-                cluster = 0
-        elif is_alone(spec, tiles, multiprocessors):
-            spec = replace(spec, alone=True)
-            tile = tile_for(spec)
+        variant, cluster = launch_variant(spec, tiles, heads // spec.pack, rows_k, multiprocessors)
+        if cluster and tiles > _clusters_at_once(load(variant).ptr, cluster, tile.threads, tile.shared_memory_bytes(variant)):
+            cluster = 0
+        else:
+            spec, tile = variant, tile_for(variant)
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
         places, of_a_sequence, share = tiles + multiprocessors, m_blocks * (heads // spec.pack), 0
         if spec.split_rows:

@@ -218,6 +218,12 @@ def is_alone(spec: KernelSpec, tiles: int, multiprocessors: int) -> bool:
     return tile_for(spec).ctas_per_sm > 1 and 7 * multiprocessors < 8 * tiles <= 8 * multiprocessors
 
 
+def launch_variant(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> tuple[KernelSpec, int]:
+    """The one of launch_variants(spec) that a launch of `tiles` takes, and its cluster_size, whose arguments these are."""
+    cluster = cluster_size(spec, tiles, tiles_of_sequence, keys, multiprocessors)
+    return replace(spec, cluster=cluster > 0, alone=is_alone(spec, tiles, multiprocessors)), cluster
+
+
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """`spec`, and its variants for clusters, and for CTAs that have an SM to themselves, if a launch may take one instead."""
     tile = tile_for(spec)

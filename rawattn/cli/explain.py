@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from rawattn import compiler
 from rawattn.spec import KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, cluster_size, grid, is_alone, slabs, tile_for
+from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, grid, launch_variant, slabs, tile_for
 
 from .shapes import DTYPE_OF, WINDOW, Shape, checked, geometry, geometry_options
 
@@ -74,9 +74,7 @@ def launched(shape: Shape, multiprocessors: int) -> tuple[KernelSpec, int]:
     """The variant that a launch takes, and the CTAs of each cluster, or 0."""
     spec = shape.spec
     capacity = -(-shape.seqlen_k // shape.page_size) * shape.page_size if shape.page_size else shape.seqlen_k
-    tiles = work(shape).tiles
-    cluster = cluster_size(spec, tiles, shape.heads // spec.pack, capacity, multiprocessors)
-    return replace(spec, cluster=cluster > 0, alone=is_alone(spec, tiles, multiprocessors)), cluster
+    return launch_variant(spec, work(shape).tiles, shape.heads // spec.pack, capacity, multiprocessors)
 
 
 @click.command()
