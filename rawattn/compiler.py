@@ -76,7 +76,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "GQA_RATIO": spec.gqa_ratio,
         "TILE_M": tile.tile_m,
         "TILE_N": tile.tile_n,
-        "Q_STAGES": tile.q_stages,
+        "Q_STAGES": tile.q_stages_of(spec),
         "STAGES": tile.stages,
         "CONTROL_BYTES": CONTROL_BYTES,
         "CONSUMER_WARPGROUPS": tile.consumer_warpgroups,

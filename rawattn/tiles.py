@@ -12,8 +12,9 @@ SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
-MAX_SPLITS = 32  # of one tile: what is kept for the combination grows with it
+MAX_SPLITS = 16  # of one tile: what is kept for the combination, and its time, grow with it
 PORTABLE_CLUSTER = 8  # CTAs; larger ones have few places where all their SMs are near each other
+BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -64,17 +65,21 @@ class Tile:
         """Blocks of a split at least, if four splits have so many: the combination takes time too."""
         return (4 if self.tile_m <= 16 else 8) if self.transposed else 1
 
+    def q_stages_of(self, spec: KernelSpec) -> int:
+        return 1 if spec.cluster else self.q_stages  # a cluster has one tile
+
     @property
     def threads(self) -> int:
         return 128 * (1 + self.consumer_warpgroups)
 
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
-        q = self.q_stages * self.tile_m * slabs(spec.head_dim)
+        q = self.q_stages_of(spec) * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
             floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
-            floats += 2 * 2 if spec.cluster else 0  # maximum and sum of two splits
+            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried, and the maxima and sums of all
+                floats += SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS
         else:
             floats = spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
@@ -140,11 +145,11 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (128, 128, _few_rows(8, 64, 2, 3, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
     (128, 128, _few_rows(16, 64, 2, 2, "as for 8 rows", 2)),
     (128, 128, _few_rows(32, 64, 2, 5, "the registers of 32 rows leave room for one CTA")),
-    (128, 128, _few_rows(64, 64, 1, 4, "as for 32 rows")),
+    (128, 128, _few_rows(64, 64, 1, 3, "as for 32 rows")),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     *((192, 128, _few_rows(rows, 64, 1, 4, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
     *((192, 192, _few_rows(rows, 64, 1, 3, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
-    *((256, 256, _few_rows(rows, 64, 1, stages, "as many stages as fit, in one CTA")) for rows, stages in ((8, 3), (16, 3), (32, 2))),
+    *((256, 256, _few_rows(rows, 64, 1, stages, "as many stages as fit, in one CTA")) for rows, stages in ((8, 3), (16, 2), (32, 2))),
     (192, 128, Tile(64, 64, 2, 3, (0, 0), False, "P and the carried output of 64 rows leave too little room where rows are columns")),
     (192, 192, Tile(64, 64, 1, 3, (0, 0), False, "likewise")),
     (256, 256, Tile(64, 64, 1, 2, (0, 0), False, "likewise: two stages of 64 KB and the carried output just fit")),
@@ -207,6 +212,8 @@ def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:
         size //= 2
+    while 2 * size <= splits and tiles * size < BUSY_CTAS and 2 * tiles * size <= multiprocessors:
+        size *= 2
     return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
 
 

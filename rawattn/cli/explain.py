@@ -159,7 +159,7 @@ def _lines(shape: Shape, multiprocessors: int, where: str) -> list[tuple[str, st
         ("call", shape.text),
         ("variant", spec.name),
         ("tile", f"{tile.tile_m} {rows} x {tile.tile_n} keys: {tile.reason}"),
-        ("stages", f"{tile.q_stages} of Q, {tile.stages} of K and of V"),
+        ("stages", f"{tile.q_stages_of(spec)} of Q, {tile.stages} of K and of V"),
         ("warpgroups", f"1 producer, {consumers}, {tile.threads} threads"),
         ("registers", f"{moved}{_compiled(spec)}"),
         ("shared memory", f"{tile.shared_memory_bytes(spec):,} of {SHARED_MEMORY_LIMIT:,} bytes"),

@@ -9,15 +9,15 @@
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
 constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4;
-// Of a combination (splits.cuh), as registers allow; in a cluster, where each CTA has few tasks, loads from all CTAs at once.
-constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2, RESULTS_IN_FLIGHT = CLUSTER && TILE_M >= 32 ? 16 : 8;
+constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
+constexpr int RESULTS_IN_FLIGHT = TASKS_IN_FLIGHT == 1 ? 8 : 6;
 constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
 
 __device__ __forceinline__ int fragment_row(int i) { return i / 4 * 2 + i % 2; }
 __device__ __forceinline__ int fragment_position(int i) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * (i / 2 % 2); }
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i % REGISTERS); }
 __device__ __forceinline__ int output_column(int i) { return 64 * (i / REGISTERS) + fragment_position(i % REGISTERS); }
-__device__ __forceinline__ int own_warpgroup() { return CONSUMER_WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0) - 1; }
+__device__ __forceinline__ int own_warpgroup() { return CONSUMER_WARPGROUPS == 1 ? 0 : threadIdx.x / 128 - 1; }  // no shuffle: also where a warp has parted
 __device__ __forceinline__ int warpgroup_barrier() { return 1 + own_warpgroup(); }
 __device__ __forceinline__ int warpgroup_row(int r) { return r / 2 * 8 + 2 * (threadIdx.x % 4) + r % 2; }
 __device__ __forceinline__ int tile_row(int r) { return WARPGROUP_ROWS * own_warpgroup() + warpgroup_row(r); }
@@ -212,29 +212,46 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 
 #include "splits.cuh"
 
-// CLUSTER: leaves a split's result in shared memory, for all CTAs of the cluster: `outs` is [rows, Dv], kept_states [rows].
-__device__ __forceinline__ void keep_result(const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states, float* outs, float2* kept_states) {
-    const int rows = existing_rows(tile);
+__device__ __forceinline__ int paired_rows(const WorkTile& tile) { return (existing_rows(tile) + 1) / 2 * 2; }
+
+// CLUSTER: what the CTAs send each other. Each gets, of every split, those columns that it combines, and the states of all rows; rows in pairs.
+struct Results {
+    uint32_t outs, states, barrier;  // [splits, columns, rows], [splits, rows] float2 and the mbarrier: at the same place in each CTA
+    int rows, columns;               // of all CTAs as many, in the last one perhaps some beyond Dv
+};
+
+__device__ __forceinline__ void send_result(const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states, const Results& results) {
 #pragma unroll
-    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        const int row = tile_row(r);
-        if (row >= rows) continue;
+    for (int i = 0; i < OUTPUT_REGISTERS; i += 2) {
+        if (i % REGISTERS >= 4) continue;  // more rows of the same column, below
+        const int column = output_column(i), rank = column * cluster_size() / (64 * SLABS_V);
+        if (column >= HEAD_DIM_V) continue;
+        const uint32_t to = shared_address_of(results.outs, rank) + 4 * ((tile.split - rank) * results.columns + column) * results.rows;
+        const uint32_t barrier = shared_address_of(results.barrier, rank);
 #pragma unroll
-        for (int i = 0; i < OUTPUT_REGISTERS; ++i) {
-            if (output_row(i) == r && output_column(i) < HEAD_DIM_V) outs[row * HEAD_DIM_V + output_column(i)] = output[i];
+        for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
+            if (tile_row(r) < results.rows) store_cluster_8(to + 4 * tile_row(r), output[i + 2 * r], output[i + 2 * r + 1], barrier);
         }
-        if (speaks_for_row()) kept_states[row] = make_float2(states.max[r], states.sum[r]);
+    }
+    const int told = threadIdx.x % 128 / 4;  // all lanes of a row know its state, and each tells one CTA
+    if (told < cluster_size()) {
+        const uint32_t to = shared_address_of(results.states, told) + 8 * tile.split * results.rows, barrier = shared_address_of(results.barrier, told);
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+            if (tile_row(r) < results.rows) store_cluster_8(to + 8 * tile_row(r), states.max[r], states.sum[r], barrier);
+        }
     }
 }
 
 __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, const Buffers& buffers) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const uint32_t probs_smem = shared_address(buffers.more) + 2 * PROBS_BYTES * warpgroup;                   // P, and what rounding it lost
-    float* carried = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);          // [OUTPUT_REGISTERS, CONSUMER_THREADS]
-    float2* exchanges = reinterpret_cast<float2*>(carried + OUTPUT_REGISTERS * CONSUMER_THREADS);             // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS / 2]
+    float2* exchanges = reinterpret_cast<float2*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);      // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS / 2]
     float2* max_exchange = exchanges + 4 * WARPGROUP_ROWS * warpgroup;
     float2* sum_exchange = max_exchange + 2 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
-    float2* kept_states = exchanges + 4 * TILE_M;              // CLUSTER: [2, TILE_M], maximum and sum of two splits
+    float* carried = reinterpret_cast<float*>(exchanges + 4 * TILE_M);  // [OUTPUT_REGISTERS, CONSUMER_THREADS]; CLUSTER: results that are sent here
+    float2* sent_states = reinterpret_cast<float2*>(carried + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS);  // CLUSTER: and the states of their rows
+    const int columns_of_rank = CLUSTER ? 64 * SLABS_V / cluster_size() : 0;
     Ring<TILE_SLOTS> slot_ring;
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
@@ -314,10 +331,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         bool is_whole = tile.splits == 1;
         if (!is_whole) {
             if constexpr (CLUSTER) {
-                const bool is_second = tile.split > tile.run_begin;
-                static_assert(4 * TILE_M * HEAD_DIM_V <= STAGES * (K_BYTES + V_BYTES), "the second result does not fit where K and V were");
-                if (is_second) named_barrier_sync(1 + 2 * CONSUMER_WARPGROUPS, CONSUMER_THREADS);  // all have read all of K and V
-                keep_result(tile, output, states, is_second ? static_cast<float*>(__cvta_shared_to_generic(buffers.k)) : carried, kept_states + (is_second ? TILE_M : 0));
+                if (tile.split == tile.run_begin) cluster_wait();
+                send_result(tile, output, states, {shared_address(carried), shared_address(sent_states), buffers.barriers + RESULTS_FULL, paired_rows(tile), columns_of_rank});
             } else {
                 is_whole = join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last);
             }
@@ -339,17 +354,14 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
     }
     if constexpr (CLUSTER) {
-        const WorkTile& tile = buffers.tile_slots[0];
-        if (tile.first_row < 0 || tile.splits == 1) return;  // those that end without a split are not waited for
-        const int two = splits_of_a_rank(tile.splits) - 1, tasks = existing_rows(tile) * TASKS_OF_ROW;
-        const int parts = (tile.splits + two >> two) * CONSUMER_WARPGROUPS, tasks_of_part = divide_up(tasks, parts);
-        const int begin = (cluster_rank() * CONSUMER_WARPGROUPS + warpgroup) * tasks_of_part;
-        const uint32_t outs = shared_address(carried);
-        const ClusterResults results = {outs, shared_address(kept_states), buffers.k - outs, 8 * TILE_M, tile.splits, two};
-        cluster_arrive();
-        cluster_wait();
-        combine(args, tile, results, begin, min(tasks, begin + tasks_of_part), cluster_arrive_after_reads);
-        cluster_wait();  // nobody ends while its results are read
+        WorkTile tile = buffers.tile_slots[0];
+        if (tile.splits == 1) return;
+        tile.first_row = 0;  // a CTA without a split combines too
+        const ClusterResults results = {carried, sent_states, tile.splits, existing_rows(tile), paired_rows(tile), columns_of_rank};
+        const int bytes = tile.splits * paired_rows(tile) * (4 * results.columns() + 8);
+        if (threadIdx.x == 128) mbarrier_arrive_expect(buffers.barriers + RESULTS_FULL, bytes);
+        mbarrier_wait_for_cluster(buffers.barriers + RESULTS_FULL, 0);
+        combine(args, tile, results, threadIdx.x - 128, CONSUMER_THREADS);
     }
 }
 

@@ -351,23 +351,36 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             for (; block >= blocks.begin; --block) step(Constant<0>{});
 
             if (!PING_PONG) rescale_rows(output, rescale);
-            start_output(output, probs);
-            softmax.reduce();
-            if constexpr (!SPLIT) find_end();
-            const Mask mask = tile_mask(args, tile);
-            const bool few_keys = mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS;
-            finish_output();
             // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost in their last block,
             // which holds all their keys unless a window makes them straddle two.
-            if (few_keys) {
+            const Mask mask = tile_mask(args, tile);
+            const bool few_keys = mask.end(own_first) - mask.begin(own_first) <= FEW_KEYS;
+            const auto pack_lost = [&] {
 #pragma unroll
                 for (int i = 0; i < TILE_N / 4; ++i) {
                     float low, high;
                     unpack2(probs[i], low, high);
                     probs[i] = pack2(scores[2 * i] - low, scores[2 * i + 1] - high);
                 }
+            };
+            if constexpr (SPLIT) {
+#pragma unroll 1
+                for (int part = 0; part <= few_keys; ++part) {  // one P V less to compile
+                    if (part > 0) pack_lost();
+                    start_output(output, probs);
+                    finish_output();
+                }
+                softmax.reduce();
+            } else {
                 start_output(output, probs);
+                softmax.reduce();
+                find_end();
                 finish_output();
+                if (few_keys) {
+                    pack_lost();
+                    start_output(output, probs);
+                    finish_output();
+                }
             }
             release_v();
         }

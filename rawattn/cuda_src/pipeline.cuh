@@ -51,7 +51,8 @@ constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two 
 // Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
 constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
 constexpr int TILE_FULL = V_EMPTY + 8 * STAGES, TILE_EMPTY = TILE_FULL + 8 * TILE_SLOTS;
-constexpr int BARRIER_BYTES = TILE_EMPTY + 8 * TILE_SLOTS;
+constexpr int RESULTS_FULL = TILE_EMPTY + 8 * TILE_SLOTS;  // CLUSTER: of what the cluster's CTAs send each other
+constexpr int BARRIER_BYTES = RESULTS_FULL + 8;
 
 // Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
 template <int BUFFERS>
@@ -532,6 +533,7 @@ __device__ __forceinline__ void make_barriers(uint32_t barriers) {
         mbarrier_init(barriers + TILE_FULL + 8 * slot, 32);
         mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
     }
+    mbarrier_init(barriers + RESULTS_FULL, 1);
     mbarrier_init_fence();
 }
 
@@ -547,6 +549,7 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
         prefetch_tensor_map(&args.v);
         make_barriers(buffers.barriers);
     }
+    if constexpr (CLUSTER) cluster_arrive();  // who has waited for all may send results to any
     list.prepare(args, buffers.parts, warp);
     __syncthreads();
     if (warp >= 4) {

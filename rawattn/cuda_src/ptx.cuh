@@ -46,6 +46,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
         "}\n" ::"r"(barrier), "r"(phase), "n"(10000000) : "memory");
 }
 
+// Likewise for what CTAs of the cluster have stored here.
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, %2;\n"
+        "@done bra.uni DONE;\n"
+        "bra.uni WAIT;\n"
+        "DONE:\n"
+        "}\n" ::"r"(barrier), "r"(phase), "n"(10000000) : "memory");
+}
+
 // ---- TMA (9.7.9.25) ----
 
 // prefetch.tensormap (9.7.9.15)
@@ -164,11 +177,8 @@ __device__ __forceinline__ int cluster_size() {
     return size;
 }
 
-// barrier.cluster (9.7.13.3), for all threads of the cluster that have not ended: what they wrote to shared memory before they arrived can be read by
-// those who have waited. One that has only read need not wait for its writes.
+// barrier.cluster (9.7.13.3): who has waited may use what threads of the cluster wrote to shared memory before they arrived. All threads arrive, or end.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_arrive_after_reads() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -179,17 +189,9 @@ __device__ __forceinline__ uint32_t shared_address_of(uint32_t address, int rank
     return mapped;
 }
 
-// ld (9.7.9.8)
-__device__ __forceinline__ float4 load_cluster_16(uint32_t address) {
-    float4 x;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
-    return x;
-}
-
-__device__ __forceinline__ float2 load_cluster_8(uint32_t address) {
-    float2 x;
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-    return x;
+// Stores to a CTA of the cluster; an mbarrier there counts the bytes (st.async, 9.7.9.12).
+__device__ __forceinline__ void store_cluster_8(uint32_t address, float x, float y, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address), "f"(x), "f"(y), "r"(barrier) : "memory");
 }
 
 // ---- registers, barriers between warpgroups ----

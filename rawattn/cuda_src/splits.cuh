@@ -3,62 +3,78 @@
 // flight: those of RESULTS_IN_FLIGHT results for each of TASKS_IN_FLIGHT tasks.
 #pragma once
 
+constexpr int COLUMNS = 4;  // of a row, that one thread combines at a time
+
 // Where a tile's results lie that are to be taken together: in the workspace, that of the share which has the first splits before all others. A row is
 // one of the warpgroup's.
 struct WorkspaceResults {
-    const Arguments& args;
-    const WorkTile& tile;
-    int warpgroup;
+    const float* outs;     // [results, partial_rows, Dv], from the warpgroup's first row on
+    const float2* states;  // [results, partial_rows, 4]
+    int results, partial_rows, first, existing;
 
-    __device__ __forceinline__ int count() const { return tile.splits - tile.first_splits + 1; }
-    __device__ __forceinline__ int first_row() const { return WARPGROUP_ROWS * warpgroup; }
-    __device__ __forceinline__ int rows() const { return min(WARPGROUP_ROWS, existing_rows(tile) - first_row()); }
-    __device__ __forceinline__ Partial at(int result, int row) const { return partial(args, tile, tile.first_splits - 1 + result, first_row() + row); }
-    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(at(result, row).state); }
+    __device__ __forceinline__ WorkspaceResults(const Arguments& args, const WorkTile& tile, int warpgroup)
+        : results(tile.splits - tile.first_splits + 1), partial_rows(args.partial_rows), first(WARPGROUP_ROWS * warpgroup),
+          existing(min(WARPGROUP_ROWS, existing_rows(tile) - first)) {
+        const Partial from = partial(args, tile, tile.first_splits - 1, first);
+        outs = from.out;
+        states = from.state;
+    }
+    __device__ __forceinline__ int count() const { return results; }
+    __device__ __forceinline__ int first_row() const { return first; }
+    __device__ __forceinline__ int rows() const { return existing; }
+    __device__ __forceinline__ int first_column() const { return 0; }
+    __device__ __forceinline__ int columns() const { return HEAD_DIM_V; }
+    __device__ __forceinline__ int row_of(int task) const { return task / (HEAD_DIM_V / COLUMNS); }
+    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(states + 4 * (result * partial_rows + row)); }
     __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
-        return __ldcg(reinterpret_cast<const float4*>(at(result, row).out + column));
+        return __ldcg(reinterpret_cast<const float4*>(outs + (result * partial_rows + row) * HEAD_DIM_V + column));
     }
 };
 
-// Or, each split's apart, in the shared memory of a cluster's CTAs, of which each has one split or two.
+// Or in the shared memory of a cluster's CTA: of its columns, each split's apart, as the CTAs have sent them.
 struct ClusterResults {
-    uint32_t outs, states;                      // [rows, Dv] and [rows] float2 of a CTA's first split
-    uint32_t outs_of_second, states_of_second;  // how many bytes further those of its second are
-    int splits, two;                            // two: 1 where each CTA has two splits, else 0
+    const float* outs;     // [splits, columns_of_rank, paired_rows]
+    const float2* states;  // [splits, paired_rows]
+    int splits, existing_rows, paired_rows, columns_of_rank;
 
     __device__ __forceinline__ int count() const { return splits; }
     __device__ __forceinline__ int first_row() const { return 0; }
-    __device__ __forceinline__ float2 state(int result, int row) const {
-        return load_cluster_8(shared_address_of(states + (result & two) * states_of_second + 8 * row, result >> two));
-    }
+    __device__ __forceinline__ int rows() const { return existing_rows; }
+    __device__ __forceinline__ int first_column() const { return cluster_rank() * columns_of_rank; }
+    __device__ __forceinline__ int columns() const { return max(0, min(columns_of_rank, HEAD_DIM_V - first_column())); }
+    __device__ __forceinline__ int row_of(int task) const { return divide(task, columns() / COLUMNS); }
+    __device__ __forceinline__ float2 state(int result, int row) const { return states[result * paired_rows + row]; }
     __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
-        return load_cluster_16(shared_address_of(outs + (result & two) * outs_of_second + 4 * (row * HEAD_DIM_V + column), result >> two));
+        const float* first = outs + (result * columns_of_rank + column) * paired_rows + row;
+        return make_float4(first[0], first[paired_rows], first[2 * paired_rows], first[3 * paired_rows]);
     }
 };
 
-constexpr int COLUMNS = 4, TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;  // of a row, one thread's task
-
-// Takes the results of a tile together in their order, for tasks [begin, end) of the rows, and writes the output. A warpgroup calls it, and each of its
-// threads `all_loaded` when the results may go.
-template <class Results, class AllLoaded>
-__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, const Results& results, int begin, int end, AllLoaded all_loaded) {
-    const int count = results.count(), thread = threadIdx.x % 128;
-    if (begin >= end) all_loaded();
-    for (int first_task = begin; first_task < end; first_task += 128 * TASKS_IN_FLIGHT) {
+// Takes the results of a tile together in their order, and writes the output. Of its tasks, four columns of a row each, `threads` threads have their share.
+template <class Results>
+__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, const Results& results, int thread, int threads) {
+    const int count = results.count(), tasks_of_row = results.columns() / COLUMNS, tasks = results.rows() * tasks_of_row;
+    for (int first_task = thread; first_task < tasks; first_task += threads * TASKS_IN_FLIGHT) {
+        int rows[TASKS_IN_FLIGHT], columns[TASKS_IN_FLIGHT];
+#pragma unroll
+        for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
+            const int task = min(first_task + threads * t, tasks - 1);
+            rows[t] = results.row_of(task);
+            columns[t] = COLUMNS * (task - rows[t] * tasks_of_row);
+        }
         float outputs[TASKS_IN_FLIGHT][COLUMNS] = {};
         RowStates<TASKS_IN_FLIGHT> of_rows;
         of_rows.reset();
 #pragma unroll 1
         for (int first = 0; first < count; first += RESULTS_IN_FLIGHT) {
             float2 states[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
-            float4 columns[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
+            float4 loaded[TASKS_IN_FLIGHT][RESULTS_IN_FLIGHT];
 #pragma unroll
             for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-                const int task = min(first_task + thread + 128 * t, end - 1), row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
 #pragma unroll
                 for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {  // rather the last one again than a branch for each
-                    states[t][i] = results.state(min(first + i, count - 1), row);
-                    columns[t][i] = results.outputs(min(first + i, count - 1), row, column);
+                    states[t][i] = results.state(min(first + i, count - 1), rows[t]);
+                    loaded[t][i] = results.outputs(min(first + i, count - 1), rows[t], columns[t]);
                 }
             }
 #pragma unroll
@@ -69,26 +85,21 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
                     const Fold fold(of_rows.max[t], of_rows.sum[t], is_one ? states[t][i].x : NEGATIVE_INFINITY, is_one ? states[t][i].y : 0.0f, args.scale_log2);
                     of_rows.max[t] = fold.max;
                     of_rows.sum[t] = fold.sum;
-                    outputs[t][0] = fold.of(outputs[t][0], is_one ? columns[t][i].x : 0.0f);
-                    outputs[t][1] = fold.of(outputs[t][1], is_one ? columns[t][i].y : 0.0f);
-                    outputs[t][2] = fold.of(outputs[t][2], is_one ? columns[t][i].z : 0.0f);
-                    outputs[t][3] = fold.of(outputs[t][3], is_one ? columns[t][i].w : 0.0f);
+                    outputs[t][0] = fold.of(outputs[t][0], is_one ? loaded[t][i].x : 0.0f);
+                    outputs[t][1] = fold.of(outputs[t][1], is_one ? loaded[t][i].y : 0.0f);
+                    outputs[t][2] = fold.of(outputs[t][2], is_one ? loaded[t][i].z : 0.0f);
+                    outputs[t][3] = fold.of(outputs[t][3], is_one ? loaded[t][i].w : 0.0f);
                 }
             }
         }
-        if (first_task + 128 * TASKS_IN_FLIGHT >= end) {
-#pragma unroll
-            for (int t = 0; t < TASKS_IN_FLIGHT; ++t) pin(outputs[t]);  // by now the loads have not only begun
-            all_loaded();
-        }
 #pragma unroll
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-            const int task = first_task + thread + 128 * t, row = task / TASKS_OF_ROW, column = task % TASKS_OF_ROW * COLUMNS;
-            if (task >= end) break;
+            if (first_task + threads * t >= tasks) break;
             float inverse, lse;
             normalise(of_rows.max[t], of_rows.sum[t], args.scale_log2, inverse, lse);
-            const Destination to = destination(args, tile, results.first_row() + row);
+            const Destination to = destination(args, tile, results.first_row() + rows[t]);
             const float (&output)[COLUMNS] = outputs[t];
+            const int column = results.first_column() + columns[t];
             store_global_8(to.out + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
             if (to.lse != nullptr && column == 0) *to.lse = lse;
         }
@@ -141,8 +152,8 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
     named_barrier_sync(own_barrier, 128);
     carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
     if (is_last[warpgroup]) {
-        const WorkspaceResults results = {args, tile, warpgroup};
-        combine(args, tile, results, 0, results.rows() * TASKS_OF_ROW, [] {});
+        const WorkspaceResults results(args, tile, warpgroup);
+        combine(args, tile, results, threadIdx.x % 128, 128);
     }
     return false;
 }
