@@ -88,6 +88,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "CLUSTER": spec.cluster,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
         "FEWEST_SPLITS": tile.fewest_splits,
+        "FEW_TILES": tile.few_tiles,
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
         "PAGE_ROWS": spec.page_rows,
@@ -105,8 +106,7 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         scores = _wgmma("wgmma_scores", rows, element, "1, 1, 0, 0")
         output = _wgmma("wgmma_output", rows, element, "1, 1, 1, 0")
     else:
-        # The overload for half a block serves the diagonal.
-        scores = "".join(_wgmma("wgmma_scores", n, element, "1, 1, 0, 0") for n in (tile.tile_n, tile.tile_n // 2))
+        scores = _wgmma("wgmma_scores", tile.tile_n, element, "1, 1, 0, 0")
         output = _wgmma("wgmma_output", spec.head_dim_v, element, "1, 1, 1", a_in_registers=True)
     return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
 

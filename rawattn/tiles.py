@@ -12,8 +12,8 @@ SLAB = 64  # columns of a 128-byte-swizzled slab of 16-bit elements
 CONTROL_BYTES = 1024  # mbarriers and tile slots, at the start of shared memory
 SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks for
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
-MAX_SPLITS = 16  # of one tile: what is kept for the combination, and its time, grow with it
-PORTABLE_CLUSTER = 8  # CTAs; larger ones have few places where all their SMs are near each other
+MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
+PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
 BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
@@ -53,7 +53,12 @@ class Tile:
 
     def most_splits(self, tiles: int) -> int:
         """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
-        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits, 1), MAX_SPLITS)
+        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits, 1), MAX_SPLITS if tiles < self.few_tiles else MAX_SPLITS // 2)
+
+    @property
+    def few_tiles(self) -> int:
+        """Where keys are split: fewer tiles than these, in 16 splits each, would not load at the full rate of memory."""
+        return BUSY_CTAS // (MAX_SPLITS // 2) if self.transposed else 1
 
     @property
     def fewest_splits(self) -> int:
@@ -212,7 +217,7 @@ def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:
         size //= 2
-    while 2 * size <= splits and tiles * size < BUSY_CTAS and 2 * tiles * size <= multiprocessors:
+    while 2 * size <= min(splits, LARGEST_CLUSTER) and tiles * size < BUSY_CTAS and 2 * tiles * size <= multiprocessors:
         size *= 2
     return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
 

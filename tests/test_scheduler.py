@@ -59,9 +59,9 @@ constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_S
 #include "scheduler.cuh"
 """
 FUNCTIONS = """
-extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int least_blocks) {
+extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int few_tiles, int least_blocks) {
     Places places{m_blocks, heads};
-    places.split(begin, end, fewest, least_blocks);
+    places.split(begin, end, fewest, few_tiles, least_blocks);
     return places;
 }
 
@@ -136,10 +136,10 @@ class DeviceCode:
         self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
 
-    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int, least_blocks: int) -> Places:
+    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int, few_tiles: int, least_blocks: int) -> Places:
         function = self.compiled["split"]
         function.restype = Places
-        return function(m_blocks, heads, begin, end, fewest, least_blocks)
+        return function(m_blocks, heads, begin, end, fewest, few_tiles, least_blocks)
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
@@ -334,12 +334,12 @@ def test_quotients_are_exact_though_reciprocals_are_not(device_code: DeviceCode,
 
 
 @examples
-@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 4))
+@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 5), st.integers(1, 4))
 def test_splits_are_equal_and_cover_the_keys(
-    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, least_blocks: int
+    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, few_tiles: int, least_blocks: int
 ) -> None:
     assume(m_blocks * heads * (max(0, total) + MAX_SPLITS) < PLACES_LIMIT)  # the host refuses longer lists
-    places = device_code.split(m_blocks, heads, begin, begin + total, fewest, least_blocks)
+    places = device_code.split(m_blocks, heads, begin, begin + total, fewest, few_tiles, least_blocks)
     total = max(0, total)
     assert places.first_block == begin and places.cost == places.blocks + 1
     assert 1 <= places.splits <= MAX_SPLITS
@@ -348,12 +348,12 @@ def test_splits_are_equal_and_cover_the_keys(
     assert sum(sizes) == total and (total == 0 or min(sizes) > 0)
     assert places.splits >= min(fewest, total // least_blocks)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
-    wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS)
+    wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS if m_blocks * heads < few_tiles else MAX_SPLITS // 2)
     assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
         -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, -(-total // 4)))
     )
     for _, _, tile in SPLIT_TABLE:
-        if (tile.fewest_splits, tile.least_blocks) == (fewest, least_blocks):
+        if (tile.fewest_splits, tile.few_tiles, tile.least_blocks) == (fewest, few_tiles, least_blocks):
             assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
@@ -363,7 +363,7 @@ def test_splits_are_equal_and_cover_the_keys(
 @examples
 @given(few, few, st.integers(0, 4000), st.data())
 def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, heads: int, total: int, data: st.DataObject) -> None:
-    places = device_code.split(m_blocks, heads, 0, total, 1, 1)
+    places = device_code.split(m_blocks, heads, 0, total, 1, 4, 1)
     place = data.draw(st.integers(-5, device_code.compiled["count"](places)), "place")
     item = device_code.compiled["at_or_after"](places, place)
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost

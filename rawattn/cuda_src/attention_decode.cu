@@ -69,8 +69,7 @@ __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, ui
     for (int t = 0; t < KEY_TILES; ++t) {
 #pragma unroll
         for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
-            const int slab = step / 4, within = step % 4 * 32;
-            wgmma_scores(scores[t], k.at(slab * KV_SLAB + 64 * t * SLAB_BYTES + within), q.at(slab * Q_SLAB + within), step > 0);
+            wgmma_scores(scores[t], k.at_step(step, 64 * t * SLAB_BYTES), q.at_step(step), step > 0);
         }
     }
     wgmma_commit();
@@ -89,7 +88,7 @@ __device__ __forceinline__ void issue_output(Output& output, uint32_t probs_smem
 #pragma unroll
         for (int step = 0; step < TILE_N / 16; ++step)
             wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v.at(slab * KV_SLAB + step * 16 * SLAB_BYTES),
-                         probs.at(step / 4 * PROBS_SLAB + step % 4 * 32), 1);
+                         probs.at_step(step), 1);
     }
     wgmma_commit();
     pin(output);

@@ -11,12 +11,14 @@ constexpr int ROWS_OF_THREAD = 2;
 constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (splits.cuh), as registers allow
 
 // Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it (in ping-pong they may
-// not, since turns are counted). Where half a block has as many keys as a warpgroup has rows, it hides half of the next one from every other warpgroup.
+// not, since turns are counted).
 constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && !PING_PONG && TILE_M > TILE_N;
-constexpr bool HALVES_BLOCKS = PASSES_HIDDEN_BLOCKS && TILE_N == 2 * WARPGROUP_ROWS;
 
-// Masked blocks have a loop of their own where a branch in each block costs more than the compiler needs for a second copy: up to 128 columns.
-constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE;
+// Masked blocks have a loop of their own where a branch in each block costs more than the compiler needs for a second copy.
+constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE || SPLIT;
+
+// The maximum is sought among the bits of floats, as integers, where that is worth a second copy of the search.
+constexpr bool COMPARES_BITS = !IS_WIDE && !SPLIT;
 
 __device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
@@ -26,38 +28,65 @@ __device__ __forceinline__ int tile_row(int r) {
     return thread / 128 * 64 + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
 }
 
+using Scores = float[TILE_N / 2];
+
+struct LargestFloat {
+    __device__ __forceinline__ float operator()(float x, float y, float z) const { return fmaxf(fmaxf(x, y), z); }
+};
+
+// One instruction instead of two, and right if any of the three has a clear sign bit.
+struct LargestBits {
+    __device__ __forceinline__ float operator()(float x, float y, float z) const {
+        return __int_as_float(__vimax3_s32(__float_as_int(x), __float_as_int(y), __float_as_int(z)));
+    }
+};
+
 struct Softmax : RowStates<ROWS_OF_THREAD> {
+    bool compares_bits;  // no row of the warp has a negative maximum any more
+
+    // The larger of the maximum of row r and the thread's scores of that row. Two chains, since a single one would wait for its own latency.
+    template <class Largest>
+    __device__ __forceinline__ float own_max(const Scores& scores, int r, Largest largest) const {
+        float even = max[r], odd = max[r];
+#pragma unroll
+        for (int i = 2 * r; i < TILE_N / 2; i += 8) {
+            const int next = i + 4 < TILE_N / 2 ? i + 4 : i;
+            even = largest(even, scores[i], scores[next]);
+            odd = largest(odd, scores[i + 1], scores[next + 1]);
+        }
+        return fmaxf(even, odd);
+    }
+
     // Takes a block's scores into the maximum. What was accumulated before must be multiplied by `rescale`, which is exactly 1 if it did not move.
-    template <int N>
-    __device__ __forceinline__ void raise_max(const float (&scores)[N], float scale_log2, float (&rescale)[2]) {
+    template <bool IS_FIRST>
+    __device__ __forceinline__ void raise_max(const Scores& scores, float scale_log2, float (&rescale)[2]) {
+        float raised[2];
+        if (COMPARES_BITS && !IS_FIRST && compares_bits) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) raised[r] = own_max(scores, r, LargestBits());
+        } else {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) raised[r] = own_max(scores, r, LargestFloat());
+        }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            // Two chains a row: a single one would wait for its own latency.
-            float even = scores[2 * r], odd = scores[2 * r + 1];
-#pragma unroll
-            for (int i = 4 + 2 * r; i < N; i += 4) {
-                even = fmaxf(even, scores[i]);
-                odd = fmaxf(odd, scores[i + 1]);
-            }
-            float block_max = fmaxf(even, odd);
-            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 1));
-            block_max = fmaxf(block_max, __shfl_xor_sync(~0u, block_max, 2));
-            const float old_max = max[r];
-            max[r] = fmaxf(old_max, block_max);
-            rescale[r] = rescale_factor(old_max, max[r], scale_log2);
+            raised[r] = fmaxf(raised[r], __shfl_xor_sync(~0u, raised[r], 1));
+            raised[r] = fmaxf(raised[r], __shfl_xor_sync(~0u, raised[r], 2));
+            rescale[r] = rescale_factor(max[r], raised[r], scale_log2);
+            max[r] = raised[r];
             sum[r] *= rescale[r];
         }
+        if (COMPARES_BITS) compares_bits = __all_sync(~0u, (__float_as_int(max[0]) | __float_as_int(max[1])) >= 0);
     }
 
     // Turns the block's raw scores into exp(scale * (score - max)).
-    template <int N>
-    __device__ __forceinline__ void exponentiate(float (&scores)[N], float scale_log2) {
+    __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float offset = exponent_offset(max[r], scale_log2);
             float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
-            for (int i = 2 * r; i < N; i += 4) {
+            for (int i = 2 * r; i < TILE_N / 2; i += 4) {
                 scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
                 scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
                 sum_even += scores[i];
@@ -78,12 +107,11 @@ struct Softmax : RowStates<ROWS_OF_THREAD> {
 };
 
 // Hides the keys that a row does not see. `first_column` is the key position of the thread's column 0.
-template <int N>
-__device__ __forceinline__ void mask_scores(float (&scores)[N], const Mask& mask, int row, int first_column) {
+__device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, int row, int first_column) {
     const int begin[2] = {mask.begin(row) - first_column, mask.begin(row + 8) - first_column};
     const int end[2] = {mask.end(row) - first_column, mask.end(row + 8) - first_column};
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < TILE_N / 2; ++i) {
         const int column = fragment_column(i), r = fragment_row(i);
         if (column >= end[r] || (BOUND_LEFT && column < begin[r])) scores[i] = NEGATIVE_INFINITY;
     }
@@ -100,21 +128,20 @@ struct QDescriptors {
     __device__ __forceinline__ explicit QDescriptors(uint32_t q_smem) : first(q_smem) {
 #pragma unroll
         for (int step = 0; step < KEPT_STEPS; ++step) {
-            kept[step] = first.at(step / 4 * Q_SLAB + step % 4 * 32);
+            kept[step] = first.at_step(step);
             pin(kept[step]);
         }
     }
-    __device__ __forceinline__ uint64_t at(int step) const { return step < KEPT_STEPS ? kept[step % KEPT_STEPS] : first.at(step / 4 * Q_SLAB + step % 4 * 32); }
+    __device__ __forceinline__ uint64_t at(int step) const { return step < KEPT_STEPS ? kept[step] : first.at_step(step); }
 };
 
-// scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys, or the first 2 N keys of one
-template <int N>
-__device__ __forceinline__ void issue_scores(float (&scores)[N], const QDescriptors& q, uint32_t k_smem) {
+// scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys
+__device__ __forceinline__ void issue_scores(Scores& scores, const QDescriptors& q, uint32_t k_smem) {
     const MatrixDescriptor<KV_SLAB> k(k_smem);
     pin(scores);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < QK_STEPS; ++step) wgmma_scores(scores, q.at(step), k.at(step / 4 * KV_SLAB + step % 4 * 32), step > 0);
+    for (int step = 0; step < QK_STEPS; ++step) wgmma_scores(scores, q.at(step), k.at_step(step), step > 0);
     wgmma_commit();
     pin(scores);
 }
@@ -216,7 +243,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     RowStates<ROWS_OF_THREAD> carried_states;
     const auto await_k = [&] { mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase()); };
     const auto await_v = [&] { mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase()); };
-    const auto start_scores = [&](auto& scores, const QDescriptors& q) {
+    const auto start_scores = [&](Scores& scores, const QDescriptors& q) {
         await_k();
         if (PING_PONG) named_barrier_sync(my_turn, 256);
         issue_scores(scores, q, buffers.k + k_ring.stage() * K_BYTES);
@@ -251,7 +278,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         const KeyBlocks blocks = tile_blocks(args, tile, own_first);
         int block = blocks.end - 1;
 
-        float scores[TILE_N / 2], rescale[2];
+        Scores scores;
+        float rescale[2];
         uint32_t probs[TILE_N / 4];
         float output[HEAD_DIM_V / 2];
 #pragma unroll
@@ -275,7 +303,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             if (is_last_of_q) release_q();
         } else {
             const QDescriptors q(buffers.q + q_ring.stage() * Q_BYTES + warpgroup * 64 * SLAB_BYTES);
-            const auto hide_masked = [&](auto& scores) { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
+            const auto hide_masked = [&] { mask_scores(scores, tile_mask(args, tile), tile.first_row + thread_row, block * TILE_N + thread_column); };
             const auto pack_probs = [&] {
 #pragma unroll
                 for (int i = 0; i < TILE_N / 4; ++i) probs[i] = pack2(scores[2 * i], scores[2 * i + 1]);
@@ -294,31 +322,19 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 release_k();
                 --block;
             }
-            const auto first_step = [&](auto& scores) {
-                start_scores(scores, q);
-                pass_turn();
-                if (passes) {
-                    await_v();
-                    release_v();
-                }
-                wgmma_wait<0>();
-                pin(scores);
-                release_k();
-                if (block == blocks.begin && is_last_of_q) release_q();
-                if (block >= blocks.full_end || block < blocks.full_begin) hide_masked(scores);
-                softmax.raise_max(scores, args.scale_log2, rescale);
-                softmax.exponentiate(scores, args.scale_log2);
-            };
-            if constexpr (!HALVES_BLOCKS) {
-                first_step(scores);
-            } else if (blocks.own_end <= block * TILE_N + TILE_N / 2) {
-                float half[TILE_N / 4];
-                first_step(half);
-#pragma unroll
-                for (int i = 0; i < TILE_N / 2; ++i) scores[i] = i < TILE_N / 4 ? half[i] : 0.0f;
-            } else {
-                first_step(scores);
+            start_scores(scores, q);
+            pass_turn();
+            if (passes) {
+                await_v();
+                release_v();
             }
+            wgmma_wait<0>();
+            pin(scores);
+            release_k();
+            if (block == blocks.begin && is_last_of_q) release_q();
+            if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
+            softmax.raise_max<true>(scores, args.scale_log2, rescale);
+            softmax.exponentiate(scores, args.scale_log2);
             pack_probs();
 
             const auto step = [&](auto masked) {
@@ -332,11 +348,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pin(scores);
                 release_k();
                 if constexpr (BOUND_RIGHT && ONE_LOOP) {
-                    if (block >= blocks.full_end || (BOUND_LEFT && block < blocks.full_begin)) hide_masked(scores);
+                    if (block >= blocks.full_end || (BOUND_LEFT && block < blocks.full_begin)) hide_masked();
                 } else if constexpr (decltype(masked)::value) {
-                    hide_masked(scores);
+                    hide_masked();
                 }
-                softmax.raise_max(scores, args.scale_log2, rescale);
+                softmax.raise_max<false>(scores, args.scale_log2, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();
                 finish_output();

@@ -143,7 +143,7 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
     if constexpr (SPLIT) {
         if (rows > 0) {
             const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-            places.split(blocks.begin, blocks.end, FEWEST_SPLITS, LEAST_BLOCKS);
+            places.split(blocks.begin, blocks.end, FEWEST_SPLITS, FEW_TILES, LEAST_BLOCKS);
         }
     }
     return places;

@@ -128,6 +128,8 @@ struct MatrixDescriptor {
         constexpr uint32_t high = 1u << 30 | 1024 >> 4;  // swizzle mode 1 in bits 62 and 63, stride of row groups from bit 32
         return uint64_t(high) << 32 | (low + bytes / 16);
     }
+    // Of the 16 columns of one of the steps of an MMA, from byte `bytes` on.
+    __device__ __forceinline__ uint64_t at_step(int step, int bytes = 0) const { return at(step / 4 * SLAB_STRIDE + step % 4 * 32 + bytes); }
 };
 
 // Stores two 8 x 8 matrices of 16-bit elements transposed (stmatrix, 9.7.14.5.16): lane 8 * m + r gives where row r of the stored matrix m begins, 16 bytes.

@@ -37,8 +37,9 @@ struct Places {
 
     // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence needs to fill a GPU: by what this sequence is, not by what
     // else is in the batch, so that its bits are its own.
-    __device__ __forceinline__ void split(int begin, int end, int fewest, int least_blocks) {
-        const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, m_blocks * heads), max(fewest, 1)), MAX_SPLITS), total = max(0, end - begin);
+    __device__ __forceinline__ void split(int begin, int end, int fewest, int few_tiles, int least_blocks) {
+        const int tiles = m_blocks * heads, most = tiles < few_tiles ? MAX_SPLITS : MAX_SPLITS / 2;
+        const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, tiles), max(fewest, 1)), most), total = max(0, end - begin);
         first_block = begin;
         blocks = max(divide_up(total, wanted), min(least_blocks, max(1, (total + 3) / 4)));
         splits = max(1, divide_up(total, blocks));
