@@ -101,13 +101,14 @@ def source(spec: KernelSpec | AppendSpec) -> str:
     if not tile.transposed:
         constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
+    qk_steps, pv_steps = -(-spec.head_dim // 16), tile.tile_n // 16
     if tile.transposed:
         rows = tile.tile_m // tile.consumer_warpgroups
-        scores = _wgmma("wgmma_scores", rows, element, "1, 1, 0, 0")
-        output = _wgmma("wgmma_output", rows, element, "1, 1, 1, 0")
+        scores = _wgmma("wgmma_scores", rows, qk_steps, element, "1, 1, 0, 0", adds=False)
+        output = _wgmma("wgmma_output", rows, pv_steps, element, "1, 1, 1, 0", adds=True)
     else:
-        scores = _wgmma("wgmma_scores", tile.tile_n, element, "1, 1, 0, 0")
-        output = _wgmma("wgmma_output", spec.head_dim_v, element, "1, 1, 1", a_in_registers=True)
+        scores = _wgmma("wgmma_scores", tile.tile_n, qk_steps, element, "1, 1, 0, 0", adds=False)
+        output = _wgmma("wgmma_output", spec.head_dim_v, pv_steps, element, "1, 1, 1", adds=True, a_in_registers=True)
     return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
 
 
@@ -122,24 +123,30 @@ def _constants(constants: Mapping[str, int | bool]) -> str:
     return "\n".join(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items())
 
 
-def _wgmma(name: str, n: int, element: str, flags: str, a_in_registers: bool = False) -> str:
-    """A C++ wrapper of the m64n{n}k16 WGMMA: d = a @ b, plus d where `accumulate`. Generated, because d is n/2 operands.
+def _wgmma(name: str, n: int, steps: int, element: str, flags: str, adds: bool, a_in_registers: bool = False) -> str:
+    """A C++ wrapper of `steps` m64n{n}k16 WGMMAs: d = a @ b, plus d where it `adds`. Generated, because d is n/2 operands.
 
-    `flags` are scale-a, scale-b, then one transpose flag (1 = MN-major) for each operand in shared memory.
+    One statement for all steps: each returns all of d, which costs the compiler time. `flags` are scale-a, scale-b, then one transpose
+    flag (1 = MN-major) for each operand in shared memory.
     """
-    size = n // 2
-    a = [f"a{i}" for i in range(4)] if a_in_registers else ["a_desc"]
-    parameters = ", ".join([f"unsigned {x}" for x in a] if a_in_registers else ["unsigned long long a_desc"])
-    inputs = ", ".join([f'"{"r" if a_in_registers else "l"}"({x})' for x in a] + ['"l"(b_desc)', '"r"(accumulate)'])
+    size, words = n // 2, 4 if a_in_registers else 1  # of d, and of a for each step
+    constraint, kind = ("r", "unsigned") if a_in_registers else ("l", "unsigned long long")
+    d = ", ".join(f"%{i}" for i in range(size))
+    instructions = []
+    for step in range(steps):
+        a = ", ".join(f"%{size + words * step + i}" for i in range(words))
+        accumulate = "true" if adds or step > 0 else "false"
+        instructions.append(
+            f'"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {{{d}}}, '
+            f'{f"{{{a}}}" if a_in_registers else a}, %{size + words * steps + step}, {accumulate}, {flags};\\n"'
+        )
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(size))
-    d_operands = ", ".join(f"%{i}" for i in range(size))
-    a_operands = ", ".join(f"%{size + i}" for i in range(len(a)))
-    b_operand, accumulate = size + len(a), size + len(a) + 1
-    a_text = f"{{{a_operands}}}" if a_in_registers else a_operands
+    inputs = ", ".join([f'"{constraint}"(a[{i}])' for i in range(words * steps)] + [f'"l"(b[{i}])' for i in range(steps)])
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[{size}], {parameters}, unsigned long long b_desc, int accumulate) {{
-    asm volatile("{{.reg .pred p; setp.ne.b32 p, %{accumulate}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {{{d_operands}}}, {a_text}, %{b_operand}, p, {flags};}}"
+__device__ __forceinline__ void {name}(float (&d)[{size}], const {kind} (&a)[{words * steps}], const unsigned long long (&b)[{steps}]) {{
+    asm volatile("{{.reg .pred true, false; setp.eq.b32 true, 0, 0; setp.ne.b32 false, 0, 0;\\n"
+                 {(chr(10) + 17 * " ").join(instructions)}
+                 "}}"
                  : {outputs}
                  : {inputs});
 }}

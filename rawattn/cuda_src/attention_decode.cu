@@ -8,7 +8,7 @@
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is key, or column of V, 16 * warp + lane / 4 + 8 * (i / 2 % 2) and
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
-constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4;
+constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4, QK_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
 constexpr int RESULTS_IN_FLIGHT = TASKS_IN_FLIGHT == 1 ? 8 : 6;
 constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
@@ -67,10 +67,13 @@ __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, ui
     wgmma_fence();
 #pragma unroll
     for (int t = 0; t < KEY_TILES; ++t) {
+        uint64_t k_steps[QK_STEPS], q_steps[QK_STEPS];
 #pragma unroll
-        for (int step = 0; step < (HEAD_DIM + 15) / 16; ++step) {
-            wgmma_scores(scores[t], k.at_step(step, 64 * t * SLAB_BYTES), q.at_step(step), step > 0);
+        for (int step = 0; step < QK_STEPS; ++step) {
+            k_steps[step] = k.at_step(step, 64 * t * SLAB_BYTES);
+            q_steps[step] = q.at_step(step);
         }
+        wgmma_scores(scores[t], k_steps, q_steps);
     }
     wgmma_commit();
 #pragma unroll
@@ -85,10 +88,13 @@ __device__ __forceinline__ void issue_output(Output& output, uint32_t probs_smem
     wgmma_fence();
 #pragma unroll
     for (int slab = 0; slab < SLABS_V; ++slab) {
+        uint64_t v_steps[TILE_N / 16], probs_steps[TILE_N / 16];
 #pragma unroll
-        for (int step = 0; step < TILE_N / 16; ++step)
-            wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v.at(slab * KV_SLAB + step * 16 * SLAB_BYTES),
-                         probs.at_step(step), 1);
+        for (int step = 0; step < TILE_N / 16; ++step) {
+            v_steps[step] = v.at(slab * KV_SLAB + step * 16 * SLAB_BYTES);
+            probs_steps[step] = probs.at_step(step);
+        }
+        wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v_steps, probs_steps);
     }
     wgmma_commit();
     pin(output);

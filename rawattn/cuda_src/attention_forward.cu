@@ -138,10 +138,15 @@ struct QDescriptors {
 // scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys
 __device__ __forceinline__ void issue_scores(Scores& scores, const QDescriptors& q, uint32_t k_smem) {
     const MatrixDescriptor<KV_SLAB> k(k_smem);
+    uint64_t q_steps[QK_STEPS], k_steps[QK_STEPS];
+#pragma unroll
+    for (int step = 0; step < QK_STEPS; ++step) {
+        q_steps[step] = q.at(step);
+        k_steps[step] = k.at_step(step);
+    }
     pin(scores);
     wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < QK_STEPS; ++step) wgmma_scores(scores, q.at(step), k.at_step(step), step > 0);
+    wgmma_scores(scores, q_steps, k_steps);
     wgmma_commit();
     pin(scores);
 }
@@ -149,12 +154,13 @@ __device__ __forceinline__ void issue_scores(Scores& scores, const QDescriptors&
 // output += P V for one block of keys; P's fragments are already in the layout of operand A
 __device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4], uint32_t v_smem) {
     const MatrixDescriptor<KV_SLAB> v(v_smem);
+    uint64_t v_steps[TILE_N / 16];
+#pragma unroll
+    for (int step = 0; step < TILE_N / 16; ++step) v_steps[step] = v.at(step * 16 * SLAB_BYTES);
     pin(output);
     pin(probs);
     wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < TILE_N / 16; ++step)
-        wgmma_output(output, probs[4 * step], probs[4 * step + 1], probs[4 * step + 2], probs[4 * step + 3], v.at(step * 16 * SLAB_BYTES), 1);
+    wgmma_output(output, probs, v_steps);
     wgmma_commit();
     pin(output);
 }
