@@ -240,6 +240,29 @@ def test_large_scores() -> None:
     assert float(cp.abs(lse / expected_lse - 1).max()) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["D 64", "D 64 causal", "D 128", "D 128 causal", "D 128 window"])
+@pytest.mark.parametrize("positive", [slice(0), slice(None, 300), slice(400, None)], ids=["never", "first", "last"])
+def test_scores_that_are_negative_but_for_some_keys(name: str, positive: slice) -> None:
+    """The maximum is sought among the bits of floats, which are ordered as integers are unless all are negative."""
+    spec = DENSE[name]
+    q, k, v = make(spec, 1, 700, 700, 2)
+    q, k = (abs(x.astype(np.float32)) for x in (q, k))
+    signs = cp.full((700, 1, 1), -1, np.float32)
+    signs[positive] = 1
+    q, k = (x.astype(v.dtype) for x in (q, k * signs))
+    out, lse = rawattn.attention(q, k, v, **MASK_OF[spec.mask], return_lse=True)
+    assert_right(out, lse, q, k, v, MASK_OF[spec.mask])
+
+
+def test_scores_of_either_zero() -> None:
+    q, k, v = make(DENSE["D 128"], 1, 300, 500, 2)
+    q[...] = 1
+    k[...] = 0
+    k[:, ::3] = -0.0
+    out, lse = rawattn.attention(q, k, v, return_lse=True)
+    assert_right(out, lse, q, k, v, {})
+
+
 # ---- NaN and inf
 
 

@@ -48,43 +48,31 @@ __device__ void rotate(float x, float y, float cos, float sin, float& rotated_x,
     rotated_y = y * cos + x * sin;
 }
 
-__device__ void copy_head(const char* from, char* to, int columns) {
-    const int column = 8 * (threadIdx.x % 32);
-    if (column < columns) store_global_16(to + 2 * column, load(from + 2 * column).words);
+// Turns a lane's 8 columns, which are four pairs.
+__device__ void rotate_neighbours(Chunk<4>& chunk, const uint16_t* cosines, const uint16_t* sines) {
+    const Chunk<2> cos = load<2>(cosines), sin = load<2>(sines);
+    for (int i = 0; i < 4; ++i) {
+        float x, y, c[2], s[2];
+        unpack2(chunk.words[i], x, y);
+        unpack2(cos.words[i / 2], c[0], c[1]);
+        unpack2(sin.words[i / 2], s[0], s[1]);
+        rotate(x, y, c[i % 2], s[i % 2], x, y);
+        chunk.words[i] = pack2(x, y);
+    }
 }
 
-__device__ void rotate_head(const Arguments& args, const char* from, char* to, int position) {
-    const int column = 8 * (threadIdx.x % 32), half = args.rotary_dim / 2;
-    const long long row = (long long)min(max(position, 0), args.max_position - 1) * half;
-    if (column >= args.rotary_dim) {
-        if (column < args.head_dim) store_global_16(to + 2 * column, load(from + 2 * column).words);
-    } else if (args.interleaved) {
-        Chunk<4> chunk = load(from + 2 * column);
-        const Chunk<2> cos = load<2>(args.cos + row + column / 2), sin = load<2>(args.sin + row + column / 2);
-        for (int i = 0; i < 4; ++i) {
-            float x, y, c[2], s[2];
-            unpack2(chunk.words[i], x, y);
-            unpack2(cos.words[i / 2], c[0], c[1]);
-            unpack2(sin.words[i / 2], s[0], s[1]);
-            rotate(x, y, c[i % 2], s[i % 2], x, y);
-            chunk.words[i] = pack2(x, y);
-        }
-        store_global_16(to + 2 * column, chunk.words);
-    } else if (column < half) {
-        Chunk<4> first = load(from + 2 * column), second = load(from + 2 * (column + half));
-        const Chunk<4> cos = load(args.cos + row + column), sin = load(args.sin + row + column);
-        for (int i = 0; i < 4; ++i) {
-            float x[2], y[2], c[2], s[2];
-            unpack2(first.words[i], x[0], x[1]);
-            unpack2(second.words[i], y[0], y[1]);
-            unpack2(cos.words[i], c[0], c[1]);
-            unpack2(sin.words[i], s[0], s[1]);
-            for (int j = 0; j < 2; ++j) rotate(x[j], y[j], c[j], s[j], x[j], y[j]);
-            first.words[i] = pack2(x[0], x[1]);
-            second.words[i] = pack2(y[0], y[1]);
-        }
-        store_global_16(to + 2 * column, first.words);
-        store_global_16(to + 2 * (column + half), second.words);
+// Turns a lane's 8 columns with the 8 that are half of the rotary columns further.
+__device__ void rotate_halves(Chunk<4>& first, Chunk<4>& second, const uint16_t* cosines, const uint16_t* sines) {
+    const Chunk<4> cos = load(cosines), sin = load(sines);
+    for (int i = 0; i < 4; ++i) {
+        float x[2], y[2], c[2], s[2];
+        unpack2(first.words[i], x[0], x[1]);
+        unpack2(second.words[i], y[0], y[1]);
+        unpack2(cos.words[i], c[0], c[1]);
+        unpack2(sin.words[i], s[0], s[1]);
+        for (int j = 0; j < 2; ++j) rotate(x[j], y[j], c[j], s[j], x[j], y[j]);
+        first.words[i] = pack2(x[0], x[1]);
+        second.words[i] = pack2(y[0], y[1]);
     }
 }
 
@@ -107,35 +95,53 @@ __device__ int sequence_of(const Arguments& args, int row) {
 
 extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
     let_next_kernel_start();  // the attention gets ready meanwhile, and waits before it loads what is written here
-    const int heads = 2 * args.kv_heads + (args.rotated_q.data != nullptr ? args.q_heads : 0);
-    const long long task = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
-    const long long token = task / heads;
-    const int task_head = task % heads;
+    const unsigned heads = 2 * args.kv_heads + (args.rotated_q.data != nullptr ? args.q_heads : 0);
+    const unsigned task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, token = task / heads;
     const bool is_packed = args.cu_seqlens_q != nullptr;
-    if (token >= (is_packed ? 1LL : args.batch) * args.seqlen_q) return;
-    const int row = token % args.seqlen_q;  // in the arrays of new rows
-    const int batch = is_packed ? sequence_of(args, row) : token / args.seqlen_q;
+    const unsigned array_batch = is_packed ? 0 : token / args.seqlen_q;
+    if (array_batch >= (is_packed ? 1 : args.batch)) return;
+    const int row = token - array_batch * args.seqlen_q;  // in the arrays of new rows
+    if (row >= args.seqlen_q) return;
+
+    int head = task - token * heads;
+    const bool is_q = head >= 2 * args.kv_heads, is_v = !is_q && head >= args.kv_heads;
+    head -= is_q ? 2 * args.kv_heads : is_v ? args.kv_heads : 0;
+    const int column = 8 * (threadIdx.x % 32), columns = is_v ? args.head_dim_v : args.head_dim;
+    const int rotary_dim = is_v ? 0 : args.rotary_dim, half = rotary_dim / 2;
+    const bool has_partner = !args.interleaved && column < half;
+    const char* from = at(is_q ? args.q : is_v ? args.v : args.k, array_batch, row, head) + 2 * column;
+    Chunk<4> own = {}, partner = {};  // on their way while the lengths are
+    if (column < columns) own = load(from);
+    if (has_partner) partner = load(from + 2 * half);
+
+    const int batch = is_packed ? sequence_of(args, row) : array_batch;
     if (is_packed && row >= args.cu_seqlens_q[batch + 1]) return;
-    const int array_batch = is_packed ? 0 : batch;
     const int number = is_packed ? row - args.cu_seqlens_q[batch] : row;  // in the sequence
     const int cached = args.cache_seqlens[batch], position = cached + number;
-
-    if (task_head >= 2 * args.kv_heads) {
-        const int head = task_head - 2 * args.kv_heads;
-        rotate_head(args, at(args.q, array_batch, row, head), at(args.rotated_q, array_batch, row, head), args.query_advances ? position : cached);
-        return;
+    char* to;
+    if (is_q) {
+        to = at(args.rotated_q, array_batch, row, head);
+    } else {
+        if (position < 0 || position >= args.capacity) return;  // a row that does not fit is dropped
+        int cache_batch = args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, cache_row = position;
+        if (args.page_table != nullptr) {
+            cache_batch = args.page_table[batch * args.page_table_stride + position / args.page_size];
+            cache_row = position % args.page_size;
+        }
+        to = at(is_v ? args.v_cache : args.k_cache, cache_batch, cache_row, head);
     }
-    if (position < 0 || position >= args.capacity) return;  // a row that does not fit is dropped
-    int cache_batch = args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, cache_row = position;
-    if (args.page_table != nullptr) {
-        cache_batch = args.page_table[batch * args.page_table_stride + position / args.page_size];
-        cache_row = position % args.page_size;
+    to += 2 * column;
+    if (column < rotary_dim) {
+        const int angle = is_q && !args.query_advances ? cached : position;
+        const long long angles = (long long)min(max(angle, 0), args.max_position - 1) * half + (args.interleaved ? column / 2 : column);
+        if (args.interleaved) {
+            rotate_neighbours(own, args.cos + angles, args.sin + angles);
+        } else if (has_partner) {
+            rotate_halves(own, partner, args.cos + angles, args.sin + angles);
+            store_global_16(to + 2 * half, partner.words);
+        } else {
+            return;  // another lane's partner
+        }
     }
-    const int head = task_head % args.kv_heads;
-    if (task_head >= args.kv_heads)
-        copy_head(at(args.v, array_batch, row, head), at(args.v_cache, cache_batch, cache_row, head), args.head_dim_v);
-    else if (args.rotary_dim > 0)
-        rotate_head(args, at(args.k, array_batch, row, head), at(args.k_cache, cache_batch, cache_row, head), position);
-    else
-        copy_head(at(args.k, array_batch, row, head), at(args.k_cache, cache_batch, cache_row, head), args.head_dim);
+    if (column < columns) store_global_16(to, own.words);
 }
