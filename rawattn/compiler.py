@@ -135,17 +135,20 @@ def _wgmma(name: str, n: int, steps: int, element: str, flags: str, adds: bool, 
     instructions = []
     for step in range(steps):
         a = ", ".join(f"%{size + words * step + i}" for i in range(words))
-        accumulate = "true" if adds or step > 0 else "false"
-        instructions.append(
-            f'"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {{{d}}}, '
-            f'{f"{{{a}}}" if a_in_registers else a}, %{size + words * steps + step}, {accumulate}, {flags};\\n"'
-        )
+        operands = [
+            f"{{{d}}}",
+            f"{{{a}}}" if a_in_registers else a,
+            f"%{size + words * steps + step}",
+            "true" if adds or step > 0 else "false",
+        ]
+        instructions.append(f'"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {", ".join(operands)}, {flags};\\n"')
+    text = "\n                 ".join(instructions)
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(size))
     inputs = ", ".join([f'"{constraint}"(a[{i}])' for i in range(words * steps)] + [f'"l"(b[{i}])' for i in range(steps)])
     return f"""
 __device__ __forceinline__ void {name}(float (&d)[{size}], const {kind} (&a)[{words * steps}], const unsigned long long (&b)[{steps}]) {{
     asm volatile("{{.reg .pred true, false; setp.eq.b32 true, 0, 0; setp.ne.b32 false, 0, 0;\\n"
-                 {(chr(10) + 17 * " ").join(instructions)}
+                 {text}
                  "}}"
                  : {outputs}
                  : {inputs});

@@ -516,7 +516,7 @@ class CachePlan:
         tokens = q.shape[-3] * (1 if ragged else batch)
         warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
         if warps >= 1 << 32:
-            raise ValueError(f"k has shape {views['k'].shape}: {warps} heads of tokens to write, with those of q to rotate; needed: under 2^32")
+            raise ValueError(f"k has shape {views['k'].shape}: {warps} heads to write, with those of q; needed: under 2^32")
         self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
         import cupy
 

@@ -50,14 +50,17 @@ def test_source_is_self_contained_and_includes_each_header_once() -> None:
 
 
 @pytest.mark.parametrize("a_in_registers", [False, True])
-@pytest.mark.parametrize("n", [8, 176, 256])
-def test_wgmma_wrapper_counts_its_operands(n: int, a_in_registers: bool) -> None:
-    text = compiler._wgmma("f", n, "bf16", "1, 1, 0, 0", a_in_registers)
-    inputs = 6 if a_in_registers else 3
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("n, steps", [(8, 16), (176, 1), (256, 5)])
+def test_wgmma_wrapper_counts_its_operands(n: int, steps: int, adds: bool, a_in_registers: bool) -> None:
+    text = compiler._wgmma("f", n, steps, "bf16", "1, 1, 0, 0", adds, a_in_registers)
     assert text.count('"+f"') == n // 2
-    last = n // 2 + inputs - 1
-    assert f"setp.ne.b32 p, %{last}, 0" in text and f"%{last + 1}" not in text
-    assert f"m64n{n}k16.f32.bf16.bf16" in text
+    assert text.count(f"m64n{n}k16.f32.bf16.bf16") == steps
+    last = n // 2 + steps * (5 if a_in_registers else 2) - 1
+    operands = [int(i) for i in re.findall(r"%(\d+)", text)]
+    assert sorted(set(operands)) == list(range(last + 1))
+    assert [operands.count(i) for i in range(last + 1)] == n // 2 * [steps] + (last + 1 - n // 2) * [1]
+    assert text.count(", false, ") == (not adds) and text.count(", true, ") == steps - (not adds)
 
 
 def test_key_changes_with_source_options_and_nvrtc_version() -> None:
