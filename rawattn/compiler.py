@@ -135,12 +135,8 @@ def _wgmma(name: str, n: int, steps: int, element: str, flags: str, adds: bool, 
     instructions = []
     for step in range(steps):
         a = ", ".join(f"%{size + words * step + i}" for i in range(words))
-        operands = [
-            f"{{{d}}}",
-            f"{{{a}}}" if a_in_registers else a,
-            f"%{size + words * steps + step}",
-            "true" if adds or step > 0 else "false",
-        ]
+        accumulate = "true" if adds or step > 0 else "false"
+        operands = [f"{{{d}}}", f"{{{a}}}" if a_in_registers else a, f"%{size + words * steps + step}", accumulate]
         instructions.append(f'"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {", ".join(operands)}, {flags};\\n"')
     text = "\n                 ".join(instructions)
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(size))
