@@ -33,6 +33,7 @@ OPTIONS = (
 OLDEST_NVRTC = (12, 3)
 SLOW_COMPILE_SECONDS = 0.5
 _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # of enum CUfunction_attribute in cuda.h, which CuPy does not name
+MOST_STEPS = 8  # of Q K^T in one statement: there are uniform registers for the descriptors of no more
 CUBIN_NAME = re.compile(r"\w+\.[0-9a-f]{20}\.cubin", re.ASCII)
 TEMPORARY_NAME = re.compile(CUBIN_NAME.pattern + r"\w{8}\.tmp", re.ASCII)
 
@@ -102,13 +103,16 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
     qk_steps, pv_steps = -(-spec.head_dim // 16), tile.tile_n // 16
+    if qk_steps > MOST_STEPS and not spec.split_rows:  # where keys are split, memory is the limit
+        qk_steps = 1
+    constants["QK_STEPS_AT_ONCE"] = qk_steps
     if tile.transposed:
         rows = tile.tile_m // tile.consumer_warpgroups
-        scores = _wgmma("wgmma_scores", rows, qk_steps, element, "1, 1, 0, 0", adds=False)
-        output = _wgmma("wgmma_output", rows, pv_steps, element, "1, 1, 1, 0", adds=True)
+        scores = _wgmma("wgmma_scores", rows, qk_steps, element, "1, 1, 0, 0")
+        output = _wgmma("wgmma_output", rows, pv_steps, element, "1, 1, 1, 0")
     else:
-        scores = _wgmma("wgmma_scores", tile.tile_n, qk_steps, element, "1, 1, 0, 0", adds=False)
-        output = _wgmma("wgmma_output", spec.head_dim_v, pv_steps, element, "1, 1, 1", adds=True, a_in_registers=True)
+        scores = _wgmma("wgmma_scores", tile.tile_n, qk_steps, element, "1, 1, 0, 0")
+        output = _wgmma("wgmma_output", spec.head_dim_v, pv_steps, element, "1, 1, 1", a_in_registers=True)
     return "\n".join([_constants(constants), scores, output, _inlined(main_file(spec), set())])
 
 
@@ -123,8 +127,8 @@ def _constants(constants: Mapping[str, int | bool]) -> str:
     return "\n".join(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items())
 
 
-def _wgmma(name: str, n: int, steps: int, element: str, flags: str, adds: bool, a_in_registers: bool = False) -> str:
-    """A C++ wrapper of `steps` m64n{n}k16 WGMMAs: d = a @ b, plus d where it `adds`. Generated, because d is n/2 operands.
+def _wgmma(name: str, n: int, steps: int, element: str, flags: str, a_in_registers: bool = False) -> str:
+    """A C++ wrapper of `steps` m64n{n}k16 WGMMAs: d = a @ b, plus d where `accumulate`. Generated, because d is n/2 operands.
 
     One statement for all steps: each returns all of d, which costs the compiler time. `flags` are scale-a, scale-b, then one transpose
     flag (1 = MN-major) for each operand in shared memory.
@@ -135,15 +139,18 @@ def _wgmma(name: str, n: int, steps: int, element: str, flags: str, adds: bool, 
     instructions = []
     for step in range(steps):
         a = ", ".join(f"%{size + words * step + i}" for i in range(words))
-        accumulate = "true" if adds or step > 0 else "false"
-        operands = [f"{{{d}}}", f"{{{a}}}" if a_in_registers else a, f"%{size + words * steps + step}", accumulate]
+        predicate = "first" if step == 0 else "later"
+        operands = [f"{{{d}}}", f"{{{a}}}" if a_in_registers else a, f"%{size + words * steps + step}", predicate]
         instructions.append(f'"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} {", ".join(operands)}, {flags};\\n"')
     text = "\n                 ".join(instructions)
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(size))
-    inputs = ", ".join([f'"{constraint}"(a[{i}])' for i in range(words * steps)] + [f'"l"(b[{i}])' for i in range(steps)])
+    inputs = ", ".join(
+        [f'"{constraint}"(a[{i}])' for i in range(words * steps)] + [f'"l"(b[{i}])' for i in range(steps)] + ['"r"(accumulate)']
+    )
+    parameters = f"float (&d)[{size}], const {kind} (&a)[{words * steps}], const unsigned long long (&b)[{steps}], int accumulate"
     return f"""
-__device__ __forceinline__ void {name}(float (&d)[{size}], const {kind} (&a)[{words * steps}], const unsigned long long (&b)[{steps}]) {{
-    asm volatile("{{.reg .pred true, false; setp.eq.b32 true, 0, 0; setp.ne.b32 false, 0, 0;\\n"
+__device__ __forceinline__ void {name}({parameters}) {{
+    asm volatile("{{.reg .pred first, later; setp.ne.b32 first, %{size + (words + 1) * steps}, 0; setp.eq.b32 later, 0, 0;\\n"
                  {text}
                  "}}"
                  : {outputs}

@@ -50,17 +50,16 @@ def test_source_is_self_contained_and_includes_each_header_once() -> None:
 
 
 @pytest.mark.parametrize("a_in_registers", [False, True])
-@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("n, steps", [(8, 16), (176, 1), (256, 5)])
-def test_wgmma_wrapper_counts_its_operands(n: int, steps: int, adds: bool, a_in_registers: bool) -> None:
-    text = compiler._wgmma("f", n, steps, "bf16", "1, 1, 0, 0", adds, a_in_registers)
+def test_wgmma_wrapper_counts_its_operands(n: int, steps: int, a_in_registers: bool) -> None:
+    text = compiler._wgmma("f", n, steps, "bf16", "1, 1, 0, 0", a_in_registers)
     assert text.count('"+f"') == n // 2
     assert text.count(f"m64n{n}k16.f32.bf16.bf16") == steps
-    last = n // 2 + steps * (5 if a_in_registers else 2) - 1
+    last = n // 2 + steps * (5 if a_in_registers else 2)
     operands = [int(i) for i in re.findall(r"%(\d+)", text)]
-    assert sorted(set(operands)) == list(range(last + 1))
-    assert [operands.count(i) for i in range(last + 1)] == n // 2 * [steps] + (last + 1 - n // 2) * [1]
-    assert text.count(", false, ") == (not adds) and text.count(", true, ") == steps - (not adds)
+    assert f"setp.ne.b32 first, %{last}, 0" in text
+    assert [operands.count(i) for i in range(max(operands) + 1)] == n // 2 * [steps] + (last + 1 - n // 2) * [1]
+    assert text.count(", first, ") == 1 and text.count(", later, ") == steps - 1
 
 
 def test_key_changes_with_source_options_and_nvrtc_version() -> None:

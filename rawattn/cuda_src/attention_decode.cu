@@ -67,13 +67,16 @@ __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, ui
     wgmma_fence();
 #pragma unroll
     for (int t = 0; t < KEY_TILES; ++t) {
-        uint64_t k_steps[QK_STEPS], q_steps[QK_STEPS];
 #pragma unroll
-        for (int step = 0; step < QK_STEPS; ++step) {
-            k_steps[step] = k.at_step(step, 64 * t * SLAB_BYTES);
-            q_steps[step] = q.at_step(step);
+        for (int first = 0; first < QK_STEPS; first += QK_STEPS_AT_ONCE) {
+            uint64_t k_steps[QK_STEPS_AT_ONCE], q_steps[QK_STEPS_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < QK_STEPS_AT_ONCE; ++i) {
+                k_steps[i] = k.at_step(first + i, 64 * t * SLAB_BYTES);
+                q_steps[i] = q.at_step(first + i);
+            }
+            wgmma_scores(scores[t], k_steps, q_steps, first > 0);
         }
-        wgmma_scores(scores[t], k_steps, q_steps);
     }
     wgmma_commit();
 #pragma unroll
@@ -94,7 +97,7 @@ __device__ __forceinline__ void issue_output(Output& output, uint32_t probs_smem
             v_steps[step] = v.at(slab * KV_SLAB + step * 16 * SLAB_BYTES);
             probs_steps[step] = probs.at_step(step);
         }
-        wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v_steps, probs_steps);
+        wgmma_output(reinterpret_cast<float(&)[REGISTERS]>(output[slab * REGISTERS]), v_steps, probs_steps, 1);
     }
     wgmma_commit();
     pin(output);

@@ -138,15 +138,18 @@ struct QDescriptors {
 // scores = Q K^T for the warpgroup's 64 rows of Q and one block of keys
 __device__ __forceinline__ void issue_scores(Scores& scores, const QDescriptors& q, uint32_t k_smem) {
     const MatrixDescriptor<KV_SLAB> k(k_smem);
-    uint64_t q_steps[QK_STEPS], k_steps[QK_STEPS];
-#pragma unroll
-    for (int step = 0; step < QK_STEPS; ++step) {
-        q_steps[step] = q.at(step);
-        k_steps[step] = k.at_step(step);
-    }
     pin(scores);
     wgmma_fence();
-    wgmma_scores(scores, q_steps, k_steps);
+#pragma unroll
+    for (int first = 0; first < QK_STEPS; first += QK_STEPS_AT_ONCE) {
+        uint64_t q_steps[QK_STEPS_AT_ONCE], k_steps[QK_STEPS_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < QK_STEPS_AT_ONCE; ++i) {
+            q_steps[i] = q.at(first + i);
+            k_steps[i] = k.at_step(first + i);
+        }
+        wgmma_scores(scores, q_steps, k_steps, first > 0);
+    }
     wgmma_commit();
     pin(scores);
 }
@@ -160,7 +163,7 @@ __device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], ui
     pin(output);
     pin(probs);
     wgmma_fence();
-    wgmma_output(output, probs, v_steps);
+    wgmma_output(output, probs, v_steps, 1);
     wgmma_commit();
     pin(output);
 }
