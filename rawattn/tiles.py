@@ -71,7 +71,8 @@ class Tile:
         return (4 if self.tile_m <= 16 else 8) if self.transposed else 1
 
     def q_stages_of(self, spec: KernelSpec) -> int:
-        return 1 if spec.cluster else self.q_stages  # a cluster has one tile
+        """q_stages, but 1 in a cluster, which has one tile."""
+        return 1 if spec.cluster else self.q_stages
 
     @property
     def threads(self) -> int:
@@ -206,7 +207,8 @@ def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int
     """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits is shared out instead.
 
     That is so where keys are few enough for one split, where the clusters of all `tiles` would not be on the GPU at once, and where
-    a tile need not be cut (is_alone). A sequence has `keys` keys at most, so that the lengths, which only the device knows, have no say.
+    a tile need not be cut (is_alone). Clusters grow beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has
+    `keys` keys at most, so that the lengths, which only the device knows, have no say.
     """
     tile = tile_for(spec)
     if not tile.transposed or is_alone(spec, tiles, multiprocessors):
