@@ -292,8 +292,10 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
             in_cluster = replace(spec, cluster=True)
             assert tile_for(in_cluster) is tile
             assert tile.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
-            kv_bytes = 2 * SLAB * tile.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v))
-            assert 4 * rows * head_dim_v <= kv_bytes, spec  # where a cluster's CTA leaves the result of its second split
+            q_and_p = rows * (slabs(head_dim) + 2 * slabs(tile.tile_n))
+            operands = 2 * SLAB * (q_and_p + tile.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v)))
+            sent = 4 * rows * (2 * SLAB * slabs(head_dim_v) + 2 * MAX_SPLITS)  # to a CTA: two splits' worth of columns, and all states
+            assert operands + sent <= tile.shared_memory_bytes(in_cluster), spec
         alone = tile_for(replace(spec, alone=True))
         assert alone.ctas_per_sm == 1 and alone.stages == tile.stages * tile.ctas_per_sm
         assert alone.shared_memory_bytes(replace(spec, alone=True)) <= SHARED_MEMORY_LIMIT, spec
