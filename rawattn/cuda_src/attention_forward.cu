@@ -29,6 +29,10 @@ __device__ __forceinline__ int tile_row(int r) {
 }
 
 using Scores = float[TILE_N / 2];
+constexpr int PAIRS_OF_ROW = TILE_N / 8, PAIRS = ROWS_OF_THREAD * PAIRS_OF_ROW;  // of scores that a thread has side by side
+
+// In ping-pong P V of the block before lasts longer than the search for the maximum: the time is filled with the scaling and the first exponentials.
+constexpr int EARLY_PAIRS = !PING_PONG ? 0 : HEAD_DIM_V > 64 ? 6 : 4;
 
 struct LargestFloat {
     __device__ __forceinline__ float operator()(float x, float y, float z) const { return fmaxf(fmaxf(x, y), z); }
@@ -43,6 +47,7 @@ struct LargestBits {
 
 struct Softmax : RowStates<ROWS_OF_THREAD> {
     bool compares_bits;  // no row of the warp has a negative maximum any more
+    float block_sum[2];  // of the even and the odd scores of the row that is being exponentiated
 
     // The larger of the maximum of row r and the thread's scores of that row. Two chains, since a single one would wait for its own latency.
     template <class Largest>
@@ -74,25 +79,35 @@ struct Softmax : RowStates<ROWS_OF_THREAD> {
             raised[r] = fmaxf(raised[r], __shfl_xor_sync(~0u, raised[r], 2));
             rescale[r] = rescale_factor(max[r], raised[r], scale_log2);
             max[r] = raised[r];
-            sum[r] *= rescale[r];
         }
         if (COMPARES_BITS) compares_bits = __all_sync(~0u, (__float_as_int(max[0]) | __float_as_int(max[1])) >= 0);
     }
 
-    // Turns the block's raw scores into exp(scale * (score - max)).
-    __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
+    // Turns the block's raw scores into scale * (score - max), for exp2.
+    __device__ __forceinline__ void scale(Scores& scores, float scale_log2) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float offset = exponent_offset(max[r], scale_log2);
-            float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
             for (int i = 2 * r; i < TILE_N / 2; i += 4) {
-                scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
-                scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
-                sum_even += scores[i];
-                sum_odd += scores[i + 1];
+                scores[i] = fmaf(scores[i], scale_log2, -offset);
+                scores[i + 1] = fmaf(scores[i + 1], scale_log2, -offset);
             }
-            sum[r] += sum_even + sum_odd;
+        }
+    }
+
+    // Then the thread's pairs FIRST to LAST, row after row, into probabilities, and takes them into the sums.
+    template <int FIRST, int LAST>
+    __device__ __forceinline__ void exponentiate(Scores& scores, const float (&rescale)[2]) {
+#pragma unroll
+        for (int pair = FIRST; pair < LAST; ++pair) {
+            const int r = pair / PAIRS_OF_ROW, of_row = pair % PAIRS_OF_ROW, i = 4 * of_row + 2 * r;
+            if (of_row == 0) block_sum[0] = block_sum[1] = 0.0f;
+            scores[i] = exp2_approx(scores[i]);
+            scores[i + 1] = exp2_approx(scores[i + 1]);
+            block_sum[0] += scores[i];
+            block_sum[1] += scores[i + 1];
+            if (of_row == PAIRS_OF_ROW - 1) sum[r] = fmaf(sum[r], rescale[r], block_sum[0] + block_sum[1]);
         }
     }
 
@@ -343,7 +358,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             if (block == blocks.begin && is_last_of_q) release_q();
             if (block >= blocks.full_end || block < blocks.full_begin) hide_masked();
             softmax.raise_max<true>(scores, args.scale_log2, rescale);
-            softmax.exponentiate(scores, args.scale_log2);
+            softmax.scale(scores, args.scale_log2);
+            softmax.exponentiate<0, PAIRS>(scores, rescale);
             pack_probs();
 
             const auto step = [&](auto masked) {
@@ -362,12 +378,15 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                     hide_masked();
                 }
                 softmax.raise_max<false>(scores, args.scale_log2, rescale);
+                if (PING_PONG) softmax.scale(scores, args.scale_log2);
+                softmax.exponentiate<0, EARLY_PAIRS>(scores, rescale);
                 // This branch also keeps ptxas from moving the wait for P V up, over the maximum. What comes after the wait may be interleaved.
                 if (block == blocks.begin && is_last_of_q) release_q();
                 finish_output();
                 release_v();
                 if (PING_PONG) rescale_rows(output, rescale);
-                softmax.exponentiate(scores, args.scale_log2);
+                if (!PING_PONG) softmax.scale(scores, args.scale_log2);
+                softmax.exponentiate<EARLY_PAIRS, PAIRS>(scores, rescale);
                 pack_probs();
             };
             --block;
