@@ -133,7 +133,7 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 )
 # A block has as many keys as in the first row, and the diagonal falls as it does there: the bits are the same.
 SHORT_QUERIES = 1024
-SHORT_TILE = Tile(128, 128, 2, 2, (40, 232), False, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
+SHORT_TILE = Tile(128, 128, 2, 4, (40, 232), True, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
 
 
 def _few_rows(rows: int, tile_n: int, q_stages: int, stages: int, reason: str, ctas_per_sm: int = 1) -> Tile:
@@ -169,7 +169,7 @@ def _alone(tile: Tile) -> Tile:
 
 def is_short(spec: KernelSpec, rows_q: int) -> bool:
     """Whether SHORT_TILE serves sequences of `rows_q` queries better than the first row of the table."""
-    return max(spec.head_dim, spec.head_dim_v) <= 64 and spec.mask != "window" and not spec.varlen and rows_q <= SHORT_QUERIES
+    return max(spec.head_dim, spec.head_dim_v) <= 64 and spec.mask == "causal" and not spec.varlen and rows_q <= SHORT_QUERIES
 
 
 def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, rows_q: int | None) -> int:

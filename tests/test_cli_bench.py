@@ -529,7 +529,7 @@ def test_explain_prints_the_variant_and_its_figures(no_gpu: None, compiles: list
 def test_explain_of_few_queries_has_a_cta_for_each_tile(no_gpu: None, compiles: list[KernelSpec]) -> None:
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 7, "--seqlen-k", 100, "--window", "64,-1", "--dtype", "fp16")
     assert "fp16 4/1 D64 B1 S7/100 window" in result.stdout and "split32" in result.stdout  # 7 queries of 4 heads
-    result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 100)
+    result = run("explain", "--head-dim", 64, "--gqa", 4, "--seqlen-q", 100, "--causal")
     assert "fp16" not in result.stdout and "_short" in result.stdout and "4 CTAs on 132 SMs" in result.stdout
 
 

@@ -24,7 +24,8 @@ PLAIN = [
 ]
 PLAIN += [KernelSpec("bfloat16", head_dim - 8, head_dim_v - 8, 7, masks[-1]) for head_dim, head_dim_v, masks, _ in TABLE]
 PLAIN += [KernelSpec("bfloat16", head_dim, head_dim_v, 4, masks[-1], True, page_rows=16) for head_dim, head_dim_v, masks, _ in TABLE]
-PLAIN += [KernelSpec(dtype, 64, 64, 4, mask, short=True) for dtype, mask in itertools.product(DTYPES, ("full", "causal"))]
+PLAIN += [KernelSpec(dtype, 64, 64, 4, "causal", short=True) for dtype in DTYPES]
+PLAIN += [KernelSpec(dtype, dim, dim, 4, "causal") for dtype, dim in zip(DTYPES, (88, 112), strict=True)]  # they share the tile of 128
 
 
 def split_specs() -> Iterator[KernelSpec]:
