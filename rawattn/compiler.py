@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .spec import AppendSpec, KernelSpec
-from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, tile_for
+from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, small_tiles, tile_for, tile_rows
 
 CUDA_SRC = Path(__file__).parent / "cuda_src"
 ARCHITECTURE = "sm_90a"  # the "a" unlocks WGMMA and setmaxnreg; such a cubin runs on compute capability 9.0 alone
@@ -85,6 +85,8 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
         "PACK": spec.pack,
+        "COUNTED_PACK": small_tiles(spec).pack,
+        "COUNTED_ROWS": tile_rows(small_tiles(spec)),
         "SPLIT": spec.split_rows > 0,
         "CLUSTER": spec.cluster,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,

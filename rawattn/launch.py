@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, launch_variant, tile_for
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, launch_variant, tile_for, tile_rows, tiles_of_sequence
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -137,13 +137,14 @@ def _launch_with(
     return start
 
 
-def _clusters_at_once(function: int, cluster: int, threads: int, shared_memory: int) -> int:
-    """How many clusters of so many CTAs the GPU has room for, or a part of one that MIG made; none where no GPC has so many SMs."""
+def _are_at_once(spec: KernelSpec, tiles: int, cluster: int) -> bool:
+    """Whether the GPU, or a part of one that MIG made, has room for clusters of so many CTAs for all tiles; no GPC may have so many SMs."""
+    function, tile = load(spec).ptr, tile_for(spec)
     _make_context_current()  # for the query, as for a launch
     number = ctypes.c_int()
-    config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], cluster, threads, shared_memory)
+    config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], cluster, tile.threads, tile.shared_memory_bytes(spec))
     _driver("cuOccupancyMaxActiveClusters")(ctypes.byref(number), ctypes.c_void_p(function), ctypes.byref(config))
-    return number.value
+    return tiles <= number.value
 
 
 @functools.cache
@@ -348,8 +349,12 @@ class Plan:
     ):  # fmt: skip
         import cupy
 
-        tile = tile_for(spec)
         device = cupy.cuda.Device()
+        multiprocessors = device.attributes["MultiProcessorCount"]
+        rows_q, heads, _ = q.shape[-3:]
+        rows_k = k.shape[-3] if capacity is None else capacity
+        spec, cluster = launch_variant(spec, batch, rows_q, heads, rows_k, multiprocessors, _are_at_once)
+        tile = tile_for(spec)
 
         # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
         storage = np.zeros(ARGUMENTS.itemsize + 128, np.uint8)
@@ -358,9 +363,8 @@ class Plan:
         self._pointers = (ctypes.c_uint64 * len(POINTERS)).from_buffer(block.data, 384)
         address = block.ctypes.data
         ragged = len(q.shape) == 3
-        tile_rows = tile.tile_m // spec.pack * spec.pack
         if spec.split_rows:
-            q_map = _TensorMap.of_packed_heads(address, q, spec.pack, tile_rows // spec.pack)
+            q_map = _TensorMap.of_packed_heads(address, q, spec.pack, tile_rows(spec) // spec.pack)
         else:
             q_map = _TensorMap.of_rows(address, q, tile.tile_m, slides=ragged)
         box_rows = spec.page_rows or tile.tile_n
@@ -371,24 +375,17 @@ class Plan:
         )
         self._mapped: list[int] = []
 
-        rows_q, heads, _ = q.shape[-3:]
-        rows_k = k.shape[-3] if capacity is None else capacity
-        m_blocks = -(-rows_q * spec.pack // tile_rows)
-        # Where only the device knows the lengths, an upper bound.
-        tiles = (m_blocks + batch if ragged else m_blocks * batch) * (heads // spec.pack)
-        multiprocessors = device.attributes["MultiProcessorCount"]
-        variant, cluster = launch_variant(spec, tiles, heads // spec.pack, rows_k, multiprocessors)
-        if cluster and tiles > _clusters_at_once(load(variant).ptr, cluster, tile.threads, tile.shared_memory_bytes(variant)):
-            cluster = 0
-        else:
-            spec, tile = variant, tile_for(variant)
+        of_a_sequence = tiles_of_sequence(spec, rows_q, heads)
+        tiles = (
+            of_a_sequence + batch * (heads // spec.pack) if ragged else of_a_sequence * batch
+        )  # an upper bound where the device knows the lengths
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
-        places, of_a_sequence, share = tiles + multiprocessors, m_blocks * (heads // spec.pack), 0
+        places, share = tiles + multiprocessors, 0
         if spec.split_rows:
             places, of_a_sequence = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS), of_a_sequence * MAX_SPLITS
             share = -(-places // max(ctas, 1))
         if places >= PLACES_LIMIT or (spec.varlen and max(of_a_sequence, share) >= QUOTIENT_LIMIT):
-            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows} rows, and k {rows_k} rows; needed: fewer")
+            raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows(spec)} rows, and k {rows_k} rows; needed: fewer")
         self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
 
         # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
@@ -415,7 +412,7 @@ class Plan:
         if cluster:
             return  # splits meet in shared memory
         if spec.split_rows:
-            partial_rows = min(tile_rows, rows_q * spec.pack)
+            partial_rows = min(tile_rows(spec), rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
             fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
             states = ctas * most_splits * partial_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .spec import ROWS_OF_SPLIT_TILES, KernelSpec
@@ -14,6 +15,7 @@ SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks f
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
+SMALL_TILE_ROWS = 32  # while each split has an SM: two tiles for 64 rows end sooner than one, though both load the keys, the second from L2
 BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
@@ -108,13 +110,9 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         ("causal",),
         Tile(192, 128, 2, 4, (32, 160), True, "as full; warpgroups that the diagonal lets run ahead find more blocks loaded"),
     ),
-    (80, 80, _ALL, Tile(192, 112, 1, 3, (32, 160), False, "three warpgroups as for 64, with as many keys as their registers hold")),
-    (
-        112,
-        112,
-        ("full", "window"),
-        Tile(192, 96, 1, 3, (32, 160), False, "likewise; causal is 5 to 7% faster with the square tile of the next row"),
-    ),
+    (80, 80, _ALL, Tile(192, 112, 1, 3, (32, 160), True, "three warpgroups as for 64, with as many keys as their registers hold")),
+    (96, 96, ("full", "window"), Tile(192, 112, 1, 3, (32, 160), True, "likewise; causal is 5% faster with the square tile of 128")),
+    (112, 112, ("full", "window"), Tile(192, 96, 1, 3, (32, 160), True, "likewise")),
     (
         128,
         128,
@@ -203,16 +201,33 @@ def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
     return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, -(-blocks // 4))))
 
 
-def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> int:
-    """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits is shared out instead.
+def small_tiles(spec: KernelSpec) -> KernelSpec:
+    """The variant of `spec`, whose keys are split, with tiles of no more than SMALL_TILE_ROWS.
 
-    That is so where keys are few enough for one split, where the clusters of all `tiles` would not be on the GPU at once, and where
-    a tile need not be cut (is_alone). Clusters grow beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has
-    `keys` keys at most, so that the lengths, which only the device knows, have no say.
+    By its tiles the splits of a sequence are counted, whichever variant a launch takes, so that the bits are the same.
+    """
+    rows = min(spec.split_rows, SMALL_TILE_ROWS) if tile_for(spec).transposed else spec.split_rows
+    return replace(spec, split_rows=rows, alone=False)
+
+
+def tile_rows(spec: KernelSpec) -> int:
+    """Rows of a tile that are used: those of whole queries."""
+    return tile_for(spec).tile_m // spec.pack * spec.pack
+
+
+def tiles_of_sequence(spec: KernelSpec, rows_q: int, heads: int) -> int:
+    """Tiles of a sequence of `rows_q` queries with `heads` query heads."""
+    return -(-rows_q * spec.pack // tile_rows(spec)) * (heads // spec.pack)
+
+
+def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> int:
+    """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits had better be shared out instead.
+
+    That is so where keys are few enough for one split, and where the clusters of all `tiles` would not be on the GPU at once. Clusters grow
+    beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has `keys` keys at most, so that the lengths, which only
+    the device knows, have no say.
     """
     tile = tile_for(spec)
-    if not tile.transposed or is_alone(spec, tiles, multiprocessors):
-        return 0
     blocks = -(-keys // tile.tile_n)  # at most; fewer have no more splits than these, by blocks_of_a_split:
     splits = min(tile.most_splits(tiles_of_sequence), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
     most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
@@ -232,17 +247,33 @@ def is_alone(spec: KernelSpec, tiles: int, multiprocessors: int) -> bool:
     return tile_for(spec).ctas_per_sm > 1 and 7 * multiprocessors < 8 * tiles <= 8 * multiprocessors
 
 
-def launch_variant(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> tuple[KernelSpec, int]:
-    """The one of launch_variants(spec) that a launch of `tiles` takes, and its cluster_size, whose arguments these are."""
-    cluster = cluster_size(spec, tiles, tiles_of_sequence, keys, multiprocessors)
-    return replace(spec, cluster=cluster > 0, alone=is_alone(spec, tiles, multiprocessors)), cluster
+def launch_variant(
+    spec: KernelSpec, batch: int, rows_q: int, heads: int, keys: int, multiprocessors: int,
+    are_at_once: Callable[[KernelSpec, int, int], bool] = lambda spec, tiles, size: True,
+) -> tuple[KernelSpec, int]:  # fmt: skip
+    """The one of launch_variants(spec) that a launch takes for sequences of `rows_q` queries and up to `keys` keys, and its cluster_size.
+
+    `are_at_once` says whether the GPU holds as many clusters of so many CTAs as there are tiles.
+    """
+    if not tile_for(spec).transposed:
+        return spec, 0
+    if is_alone(spec, batch * tiles_of_sequence(spec, rows_q, heads), multiprocessors):
+        return replace(spec, alone=True), 0
+    small = small_tiles(spec)
+    of_a_sequence = tiles_of_sequence(small, rows_q, heads)
+    tiles = batch * of_a_sequence
+    cluster = replace(small, cluster=True)
+    size = cluster_size(cluster, tiles, of_a_sequence, keys, multiprocessors)
+    if size and are_at_once(cluster, tiles, size):
+        return cluster, size
+    return small if tiles * tile_for(small).most_splits(of_a_sequence) <= multiprocessors else spec, 0
 
 
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
-    """`spec`, and its variants for clusters, and for CTAs that have an SM to themselves, if a launch may take one instead."""
-    tile = tile_for(spec)
-    variants = (spec, replace(spec, cluster=True)) if tile.transposed else (spec,)
-    return (*variants, replace(spec, alone=True)) if tile.ctas_per_sm > 1 else variants
+    """`spec`, and what a launch may take instead: small tiles, clusters, CTAs that have an SM to themselves."""
+    tile, small = tile_for(spec), small_tiles(spec)
+    variants = [spec, small, replace(small, cluster=True)] if tile.transposed else [spec]
+    return tuple(dict.fromkeys([*variants, replace(spec, alone=True)] if tile.ctas_per_sm > 1 else variants))
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:

@@ -486,7 +486,7 @@ def test_json_lines_of_a_decode_run_are_read() -> None:
 def test_work_of_one_block_is_that_of_the_roofline_in_contributing() -> None:
     """128 x 128 scores at D = 128: 2048 cycles of MMA, 1024 of exponentials, on one SM."""
     shape = Shape("bf16", 1, 128, 128, 1, 1, 128, 128, causal=True)
-    work = explain.work(shape)
+    work = explain.work(shape, shape.spec)
     seconds = work.seconds(shape, 132)
     assert (work.tiles, work.pairs) == (1, 128 * 128)
     assert seconds["tensor cores"] * explain.HERTZ == pytest.approx(2048)
@@ -496,16 +496,16 @@ def test_work_of_one_block_is_that_of_the_roofline_in_contributing() -> None:
 
 def test_work_counts_the_blocks_that_a_mask_leaves() -> None:
     causal = Shape("bf16", 2, 1024, 1024, 3, 1, 128, 128, causal=True)  # tiles of 128 x 128: 1 + 2 + ... + 8 blocks
-    assert explain.work(causal).pairs == 2 * 3 * 36 * 128 * 128
+    assert explain.work(causal, causal.spec).pairs == 2 * 3 * 36 * 128 * 128
     window = Shape("bf16", 1, 1024, 1024, 1, 1, 128, 128, window=(127, 0))  # each tile sees its own block and the one before
-    assert explain.work(window).pairs == (1 + 7 * 2) * 128 * 128
+    assert explain.work(window, window.spec).pairs == (1 + 7 * 2) * 128 * 128
     unseen = Shape("bf16", 1, 256, 128, 1, 1, 128, 128, causal=True)  # the first 128 queries see no key
-    assert explain.work(unseen).pairs == 128 * 128
+    assert explain.work(unseen, unseen.spec).pairs == 128 * 128
 
 
 def test_the_memory_bounds_what_has_few_flops_a_byte() -> None:
     shape = Shape("bf16", 32, 512, 512, 16, 16, 128, 128, causal=True)
-    seconds = explain.work(shape).seconds(shape, 132)
+    seconds = explain.work(shape, shape.spec).seconds(shape, 132)
     assert max(seconds, key=seconds.__getitem__) == "memory"  # as CONTRIBUTING says of 16384 tokens at S = 512
 
 

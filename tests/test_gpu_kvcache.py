@@ -27,7 +27,7 @@ from gpu_support import (
 import rawattn
 from rawattn import reference
 from rawattn.spec import KernelSpec
-from rawattn.tiles import cache_spec, cluster_size, launch_variants
+from rawattn.tiles import cache_spec, launch_variant, launch_variants
 
 cp = pytest.importorskip("cupy")
 
@@ -167,7 +167,7 @@ def clusters(call: dict[str, Any]) -> int:
     capacity = page_size * call["page_table"].shape[1] if page_size else size
     spec = cache_spec(call["q"].dtype.name, dim, dim_v, heads // KV_HEADS, KV_HEADS, "causal", rows, page_size)
     multiprocessors = cp.cuda.Device().attributes["MultiProcessorCount"]
-    return cluster_size(spec, batch * heads // spec.pack, heads // spec.pack, capacity, multiprocessors)
+    return launch_variant(spec, batch, rows, heads, capacity, multiprocessors)[1]
 
 
 def fresh(call: dict[str, Any]) -> dict[str, Any]:

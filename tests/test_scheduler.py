@@ -34,9 +34,12 @@ from rawattn.tiles import (
     cluster_size,
     grid,
     is_alone,
+    launch_variant,
+    launch_variants,
     slabs,
     split_rows,
     tile_for,
+    tile_rows,
 )
 
 # Every row of the tile table with every mask that it serves.
@@ -61,7 +64,7 @@ constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_S
 FUNCTIONS = """
 extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int few_tiles, int least_blocks) {
     Places places{m_blocks, heads};
-    places.split(begin, end, fewest, few_tiles, least_blocks);
+    places.split(begin, end, m_blocks * heads, fewest, few_tiles, least_blocks);
     return places;
 }
 
@@ -399,9 +402,7 @@ def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
         return tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1)
 
     enough = [n for n in (2, 4, 8, 16) if 2 * n >= most]
-    if is_alone(spec, tiles, multiprocessors):
-        assert size == 0
-    elif size:
+    if size:
         assert most > 1 and size in enough and fits(size)
     else:  # only if there is nothing to share, or no room; two splits would want an SM each
         assert most == 1 or not fits(enough[0]) or (most == 2 and 2 * tiles > multiprocessors)
@@ -413,6 +414,7 @@ def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
 def test_where_nearly_each_sm_has_a_tile_it_has_one_cta(rows: int, tiles: int, alone: bool) -> None:
     spec = spec_of_row(128, 128, rows)
     assert is_alone(spec, tiles, 132) == alone
+    assert launch_variant(spec, tiles, 1, 1, 8192, 132)[0].alone == alone
     if alone:
         assert grid(replace(spec, alone=True), 32, tiles, 132) == tiles
 
@@ -421,7 +423,25 @@ def test_where_nearly_each_sm_has_a_tile_it_has_one_cta(rows: int, tiles: int, a
 @given(st.sampled_from([row for row in SPLIT_TABLE if row not in TRANSPOSED]), st.integers(1, 140), st.integers(0, 100000))
 def test_only_transposed_tiles_have_clusters(row: tuple[int, int, Tile], tiles: int, keys: int) -> None:
     head_dim, head_dim_v, tile = row
-    assert cluster_size(spec_of_row(head_dim, head_dim_v, tile.tile_m), tiles, 1, keys, 132) == 0
+    spec = spec_of_row(head_dim, head_dim_v, tile.tile_m)
+    assert launch_variant(spec, tiles, 1, 1, keys, 132) == (spec, 0)
+
+
+@pytest.mark.parametrize("batch, rows, heads, are_at_once, rows_of_tile, cluster", [
+    (1, 32, 8, True, 32, 8),
+    (1, 33, 4, True, 32, 8),  # two tiles for each head
+    (1, 64, 8, True, 32, 8),
+    (1, 64, 8, False, 32, 0),  # an H100 has room for 15 clusters of 8; but each split has an SM
+    (2, 64, 8, False, 64, 0),
+    (16, 64, 8, True, 64, 0),
+])  # fmt: skip
+def test_64_rows_are_two_tiles_while_each_split_has_an_sm(
+    batch: int, rows: int, heads: int, are_at_once: bool, rows_of_tile: int, cluster: int
+) -> None:
+    spec = spec_of_row(128, 128, 64 if rows > 32 else 32)
+    variant = launch_variant(spec, batch, rows, heads, 4096, 132, lambda *_: are_at_once)
+    assert variant == (replace(spec, split_rows=rows_of_tile, cluster=cluster > 0), cluster)
+    assert variant[0] in launch_variants(spec)
 
 
 # ---- shares: TileList and RunOfSplits of the kernel, read by a warp of 32 contexts that take turns and meet in each intrinsic
@@ -526,7 +546,8 @@ extern "C" int share(int of_cluster, int cta, int ctas, int batch, int heads, in
 SPLIT_SPECS = [
     KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, cluster=True),
     KernelSpec("bfloat16", 128, 128, 7, "causal", True, 128),
-    KernelSpec("bfloat16", 64, 64, 1, "window", True, 64, cluster=True),
+    KernelSpec("bfloat16", 64, 64, 3, "window", True, 32, cluster=True),
+    KernelSpec("bfloat16", 64, 64, 3, "window", True, 64),
 ]
 # struct WorkTile of pipeline.cuh
 WORK_TILE = (
@@ -579,10 +600,11 @@ def shares(
 
 
 def draw_lengths(data: st.DataObject, spec: KernelSpec, sequences: st.SearchStrategy[list[tuple[int, int]]]) -> tuple[list[int], list[int]]:
-    """Lengths of q and k; where tiles are transposed all sequences have as many queries, one tile of them."""
+    """Lengths of q and k; where tiles are transposed all sequences have as many queries, of one tile or, in clusters, of two."""
     q_lengths, k_lengths = map(list, zip(*data.draw(sequences, "sequences"), strict=True))
     if tile_for(spec).transposed:
-        q_lengths = [data.draw(st.integers(1, spec.split_rows // spec.pack), "queries")] * len(k_lengths)
+        rows = 64 if spec.cluster and spec.split_rows == 32 else spec.split_rows
+        q_lengths = [data.draw(st.integers(1, rows // spec.pack), "queries")] * len(k_lengths)
     return q_lengths, k_lengths
 
 
@@ -616,8 +638,8 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
     taken = shares(tile_lists[spec], spec, ctas, heads, q_lengths, k_lengths, window)
 
     tiles = by_tile(taken)
-    tile_rows, tile_n = tile_for(spec).tile_m // spec.pack * spec.pack, tile_for(spec).tile_n
-    expected = [range(0, q_length * spec.pack, tile_rows) for q_length in q_lengths]
+    tile_n = tile_for(spec).tile_n
+    expected = [range(0, q_length * spec.pack, tile_rows(spec)) for q_length in q_lengths]
     assert set(tiles) == {(b, head, row) for b, rows in enumerate(expected) for row in rows for head in range(heads)}
     shared_slots = []
     for (b, _, _), splits in tiles.items():
@@ -700,6 +722,21 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
     assert bounds(with_others, b) == bounds(alone, 0)
 
 
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_64_rows_are_split_as_two_tiles_are(tile_lists: dict[KernelSpec, ctypes.CDLL], data: st.DataObject) -> None:
+    """And each split of a tile of 64 is one of both tiles of 32."""
+    of_two, of_one = SPLIT_SPECS[2:]
+    queries, keys = data.draw(st.integers(12, 21), "queries"), data.draw(st.integers(0, 20000), "keys")
+    sizes = data.draw(st.integers(1, 20), "heads"), [queries], [keys], (data.draw(st.integers(0, 3000), "left"), 0)
+    bounds = []
+    for spec in (of_two, of_one):
+        tiles = by_tile(shares(tile_lists[spec], spec, 7, *sizes)).items()
+        bounds.append({key: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles})
+    two, one = bounds
+    assert two == {(b, head, row): splits for (b, head, _), splits in one.items() for row in range(0, 3 * queries, 30)}
+
+
 CLUSTER_SPECS = [spec for spec in SPLIT_SPECS if spec.cluster]
 
 
@@ -715,11 +752,14 @@ def test_a_cluster_of_any_size_has_the_splits_of_its_tile_that_the_list_has(
     left = data.draw(st.one_of(st.none(), st.integers(0, 3000)) if spec.mask == "window" else st.none(), "left")
     window: Window = (left, None if spec.mask == "full" else 0)
     listed = by_tile(shares(library, spec, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window))
-    assert set(listed) == {(b, head, 0) for b in range(len(k_lengths)) for head in range(heads)}
+    first_rows = range(0, q_lengths[0] * spec.pack, tile_rows(spec))
+    places = [(b, head, row) for b in range(len(k_lengths)) for row in first_rows for head in range(heads)]
+    assert set(listed) == set(places)
     same = set(WORK_TILE) - {"run_begin", "run_end", "first_splits", "slot"}  # all but who has it
-    for (b, head, _), of_list in listed.items():
+    for number, place in enumerate(places):
+        of_list = listed[place]
         size = data.draw(st.sampled_from([n for n in (2, 4, 8, 16) if 2 * n >= len(of_list)]), "size")
-        ranks = shares(library, spec, size, heads, q_lengths, k_lengths, window, cluster=b * heads + head)
+        ranks = shares(library, spec, size, heads, q_lengths, k_lengths, window, cluster=number)
         splits = [split for of_rank in ranks for split in of_rank]
         assert [{name: split[name] for name in same} for split in splits] == [{name: split[name] for name in same} for _, split in of_list]
         run = 1 if len(splits) <= size else 2

@@ -16,7 +16,17 @@ import numpy as np
 
 from rawattn import compiler
 from rawattn.spec import KernelSpec
-from rawattn.tiles import SHARED_MEMORY_LIMIT, SLAB, blocks_of_a_split, grid, launch_variant, slabs, tile_for
+from rawattn.tiles import (
+    SHARED_MEMORY_LIMIT,
+    SLAB,
+    blocks_of_a_split,
+    grid,
+    launch_variant,
+    slabs,
+    small_tiles,
+    tile_for,
+    tiles_of_sequence,
+)
 
 from .shapes import DTYPE_OF, WINDOW, Shape, checked, geometry, geometry_options
 
@@ -49,9 +59,8 @@ class Work:
         }
 
 
-def work(shape: Shape) -> Work:
+def work(shape: Shape, spec: KernelSpec) -> Work:
     """Each tile visits the blocks of tile_n keys from the first that a row of it sees to the last; packed query heads share its rows."""
-    spec = shape.spec
     tile = tile_for(spec)
     first, last = shape.bounds()
     queries = tile.tile_m // spec.pack
@@ -64,7 +73,7 @@ def work(shape: Shape) -> Work:
     splits, of_all = 1, max(-(-int(last.max()) // tile.tile_n) - int(first.min()) // tile.tile_n, 0)
     split_blocks = of_all
     if spec.split_rows:
-        split_blocks = blocks_of_a_split(tile, len(begin) * heads, of_all)
+        split_blocks = blocks_of_a_split(tile, tiles_of_sequence(small_tiles(spec), shape.seqlen_q, shape.heads), of_all)
         splits = max(1, -(-of_all // split_blocks))
     width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
     return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
@@ -74,7 +83,7 @@ def launched(shape: Shape, multiprocessors: int) -> tuple[KernelSpec, int]:
     """The variant that a launch takes, and the CTAs of each cluster, or 0."""
     spec = shape.spec
     capacity = -(-shape.seqlen_k // shape.page_size) * shape.page_size if shape.page_size else shape.seqlen_k
-    return launch_variant(spec, work(shape).tiles, shape.heads // spec.pack, capacity, multiprocessors)
+    return launch_variant(spec, shape.batch, shape.seqlen_q, shape.heads, capacity, multiprocessors)
 
 
 @click.command()
@@ -144,7 +153,7 @@ def explain(
 def _lines(shape: Shape, multiprocessors: int, where: str) -> list[tuple[str, str]]:
     spec, cluster = launched(shape, multiprocessors)
     tile = tile_for(spec)
-    todo = work(shape)
+    todo = work(shape, spec)
     ctas = todo.tiles * cluster or grid(spec, shape.batch, todo.tiles, multiprocessors)
     seconds = todo.seconds(shape, multiprocessors)
     bound = max(seconds, key=seconds.__getitem__)

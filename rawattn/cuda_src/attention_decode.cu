@@ -272,8 +272,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (tile.first_row < 0) break;
         const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row + WARPGROUP_ROWS * warpgroup);
         const Mask mask = tile_mask(args, tile);
-        // Rounding P to 16 bits is harmless where many keys average it out. Rows with few keys add what the rounding lost.
-        const bool few_keys = mask.end(tile.first_row) - mask.begin(tile.first_row) <= FEW_KEYS;
+        // Rounding P to 16 bits is harmless where many keys average it out. Sequences whose first query has few keys add what the rounding lost.
+        const bool few_keys = mask.end(0) - mask.begin(0) <= FEW_KEYS;
 
         Scores scores;
         Output output;
@@ -364,7 +364,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     if constexpr (CLUSTER) {
         WorkTile tile = buffers.tile_slots[0];
         if (tile.splits == 1) return;
-        tile.first_row = 0;  // a CTA without a split combines too
+        tile.first_row = max(tile.first_row, ~tile.first_row);  // a CTA without a split combines too
         const ClusterResults results = {carried, sent_states, tile.splits, existing_rows(tile), paired_rows(tile), columns_of_rank};
         const int bytes = tile.splits * paired_rows(tile) * (4 * results.columns() + 8);
         if (threadIdx.x == 128) mbarrier_arrive_expect(buffers.barriers + RESULTS_FULL, bytes);

@@ -10,9 +10,8 @@
 constexpr int ROWS_OF_THREAD = 2;
 constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (splits.cuh), as registers allow
 
-// Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it (in ping-pong they may
-// not, since turns are counted).
-constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && !PING_PONG && TILE_M > TILE_N;
+// Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it.
+constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && TILE_M > TILE_N;
 
 // Masked blocks have a loop of their own where a branch in each block costs more than the compiler needs for a second copy.
 constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE || SPLIT;
@@ -267,17 +266,20 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     RowStates<ROWS_OF_THREAD> carried_states;
     const auto await_k = [&] { mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase()); };
     const auto await_v = [&] { mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase()); };
+    const auto await_turn = [&] {
+        if (PING_PONG) named_barrier_sync(my_turn, 256);
+    };
+    const auto pass_turn = [&] {
+        if (PING_PONG) named_barrier_arrive(next_turn, 256);
+    };
     const auto start_scores = [&](Scores& scores, const QDescriptors& q) {
         await_k();
-        if (PING_PONG) named_barrier_sync(my_turn, 256);
+        await_turn();
         issue_scores(scores, q, buffers.k + k_ring.stage() * K_BYTES);
     };
     const auto start_output = [&](float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4]) {
         await_v();
         issue_output(output, probs, buffers.v + v_ring.stage() * V_BYTES);
-    };
-    const auto pass_turn = [&] {
-        if (PING_PONG) named_barrier_arrive(next_turn, 256);
     };
     const auto release_q = [&] {
         if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
@@ -343,6 +345,8 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             const bool passes = PASSES_HIDDEN_BLOCKS && block > blocks.begin && blocks.own_end <= block * TILE_N;
             if (passes) {
                 await_k();
+                await_turn();
+                pass_turn();
                 release_k();
                 --block;
             }
@@ -445,7 +449,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
         }
     }
-    if (PING_PONG && warpgroup == 0) named_barrier_sync(my_turn, 256);  // takes up the last turn, which nobody else would
+    if (warpgroup == 0) await_turn();  // takes up the last turn, which nobody else would
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_forward(const __grid_constant__ Arguments args) {

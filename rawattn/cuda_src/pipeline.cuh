@@ -66,7 +66,7 @@ struct Ring {
 // neighbour's, or memory that nobody wrote, the maps' row dimension ends at the last row of the tensor and the offset dimension slides it, so that
 // row `rows - length + i` at offset `start + length` is row i of the sequence and everything past its end is out of bounds: TMA fills zeros.
 struct WorkTile {
-    int first_row, head, batch;  // first_row -1: there is no tile left; a row is PACK * query + head of the pack
+    int first_row, head, batch;  // first_row < 0: there is no tile left; a row is PACK * query + head of the pack
     int q_start, q_length;       // in queries
     int q_row, q_offset, q_batch;
     int k_length, k_row, k_offset, k_batch;
@@ -143,7 +143,9 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
     if constexpr (SPLIT) {
         if (rows > 0) {
             const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-            places.split(blocks.begin, blocks.end, FEWEST_SPLITS, FEW_TILES, LEAST_BLOCKS);
+            // Counted in the smallest tiles that a launch may take, so that the bits are the same with any.
+            const int tiles = (seq.q_length * COUNTED_PACK + COUNTED_ROWS - 1) / COUNTED_ROWS * (args.heads * PACK / COUNTED_PACK);
+            places.split(blocks.begin, blocks.end, tiles, FEWEST_SPLITS, FEW_TILES, LEAST_BLOCKS);
         }
     }
     return places;
@@ -299,17 +301,19 @@ struct TileList {
 // CLUSTER: how many of a tile's splits a CTA of its cluster has: as the host sees to, no more than two.
 __device__ __forceinline__ int splits_of_a_rank(int splits) { return splits > cluster_size() ? 2 : 1; }
 
-// CLUSTER: each tile, the only one of its sequence and head, has a cluster of CTAs, and each of them a run of its splits, in the cluster's order. So a
-// CTA looks at one length. A place is a split's in the run; otherwise as TileList.
+// CLUSTER: each tile has a cluster of CTAs, and each of them a run of its splits, in the cluster's order. So a CTA looks at one length. A place is a
+// split's in the run; otherwise as TileList.
 struct RunOfSplits {
     Sequence seq;
-    int batch, head;
+    int batch, m_block, head;
     int count;  // of the run
 
     __device__ __forceinline__ void prepare(const Arguments& args, int*, int warp) {
         if (warp != 0) return;
-        batch = divide(cluster_index(), args.heads);
-        head = cluster_index() - batch * args.heads;
+        const int tiles = (args.seqlen_q * PACK + TILE_ROWS - 1) / TILE_ROWS * args.heads;
+        batch = divide(cluster_index(), tiles);
+        m_block = divide(cluster_index() - batch * tiles, args.heads);
+        head = cluster_index() - batch * tiles - m_block * args.heads;
         seq = sequence(args, batch);
     }
 
@@ -321,13 +325,13 @@ struct RunOfSplits {
             const int run = splits_of_a_rank(own.splits), begin = cluster_rank() * run;
             count = min(own.splits - begin, run);
             if (threadIdx.x % 32 == 0) {
-                write_tile(args, seq, batch, 0, head, tile);
+                write_tile(args, seq, batch, m_block, head, tile);
                 tile.split = tile.run_begin = begin;
                 tile.splits = own.splits;
                 tile.run_end = begin + count;
                 tile.first_block = own.first_block + begin * own.blocks;
                 tile.end_block = tile.first_block + own.blocks;
-                if (count <= 0) tile.first_row = -1;
+                if (count <= 0) tile.first_row = ~tile.first_row;  // there is none, but what the CTA combines is of these rows
             }
         } else if (place < count) {
             write_next_split(last, tile);

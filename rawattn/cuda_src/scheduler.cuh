@@ -35,10 +35,10 @@ struct Places {
     __device__ __forceinline__ int count() const { return items() * cost; }
     __device__ __forceinline__ int at_or_after(int place) const { return divide_up(max(0, place), cost); }
 
-    // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence needs to fill a GPU: by what this sequence is, not by what
-    // else is in the batch, so that its bits are its own.
-    __device__ __forceinline__ void split(int begin, int end, int fewest, int few_tiles, int least_blocks) {
-        const int tiles = m_blocks * heads, most = tiles < few_tiles ? MAX_SPLITS : MAX_SPLITS / 2;
+    // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence of `tiles` needs to fill a GPU: by what this sequence is, not
+    // by what else is in the batch, so that its bits are its own.
+    __device__ __forceinline__ void split(int begin, int end, int tiles, int fewest, int few_tiles, int least_blocks) {
+        const int most = tiles < few_tiles ? MAX_SPLITS : MAX_SPLITS / 2;
         const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, tiles), max(fewest, 1)), most), total = max(0, end - begin);
         first_block = begin;
         blocks = max(divide_up(total, wanted), min(least_blocks, max(1, (total + 3) / 4)));
