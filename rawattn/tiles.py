@@ -15,7 +15,8 @@ SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks f
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
-SMALL_TILE_ROWS = 32  # while each split has an SM: two tiles for 64 rows end sooner than one, though both load the keys, the second from L2
+SMALL_TILE_ROWS = 32  # with few tiles: two for 64 rows end sooner than one, though both load the keys, the second from L2
+LONG_SPLIT = 1024  # keys, of which computing takes longer than joining the splits does
 BUSY_CTAS = 64  # load from memory at its full rate
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
@@ -260,20 +261,26 @@ def launch_variant(
     if is_alone(spec, batch * tiles_of_sequence(spec, rows_q, heads), multiprocessors):
         return replace(spec, alone=True), 0
     small = small_tiles(spec)
-    of_a_sequence = tiles_of_sequence(small, rows_q, heads)
-    tiles = batch * of_a_sequence
-    cluster = replace(small, cluster=True)
-    size = cluster_size(cluster, tiles, of_a_sequence, keys, multiprocessors)
-    if size and are_at_once(cluster, tiles, size):
-        return cluster, size
-    return small if tiles * tile_for(small).most_splits(of_a_sequence) <= multiprocessors else spec, 0
+    counted = tiles_of_sequence(small, rows_q, heads)  # which decides how many splits there are
+    for variant in dict.fromkeys([small, spec]):
+        tiles, cluster = batch * tiles_of_sequence(variant, rows_q, heads), replace(variant, cluster=True)
+        size = cluster_size(cluster, tiles, counted, keys, multiprocessors)
+        if size and (variant == spec or tiles * size <= BUSY_CTAS) and are_at_once(cluster, tiles, size):
+            return cluster, size
+        splits = tile_for(variant).most_splits(counted)
+        if variant != spec and tiles * splits <= multiprocessors and keys >= LONG_SPLIT * splits:
+            return variant, 0
+    return spec, 0
 
 
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """`spec`, and what a launch may take instead: small tiles, clusters, CTAs that have an SM to themselves."""
-    tile, small = tile_for(spec), small_tiles(spec)
-    variants = [spec, small, replace(small, cluster=True)] if tile.transposed else [spec]
-    return tuple(dict.fromkeys([*variants, replace(spec, alone=True)] if tile.ctas_per_sm > 1 else variants))
+    tile, variants = tile_for(spec), [spec]
+    if tile.transposed:
+        variants += [small_tiles(spec), replace(spec, cluster=True), replace(small_tiles(spec), cluster=True)]
+    if tile.ctas_per_sm > 1:
+        variants.append(replace(spec, alone=True))
+    return tuple(dict.fromkeys(variants))
 
 
 def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:

@@ -20,15 +20,15 @@ import numpy as np
 import rawattn
 from rawattn import compiler
 from rawattn.spec import AppendSpec, KernelSpec
-from rawattn.tiles import SMALL_TILE_ROWS, SPLIT_TABLE, TABLE, launch_variant, launch_variants, split_rows, tile_for
+from rawattn.tiles import SPLIT_TABLE, TABLE, launch_variant, launch_variants, split_rows, tile_for
 
 MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": (70, 9)}}
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 HEADS, KV_HEADS = 4, 2
 QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
 LENGTHS, CAPACITY = (0, 1, 65, 500), 592  # keys in the cache
-# As many sequences of each length: no clusters, with a tile for nearly each SM, or for more.
-ALONE, MANY = 16, 17
+# As many sequences of each length: a cluster's CTA has one split, or two; no clusters, with a tile for nearly each SM, or for more.
+FEW, ALONE, MANY = (1, 7), 16, 17
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -85,10 +85,9 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    few = (1, 3 if spec.split_rows > SMALL_TILE_ROWS else 7)  # a cluster's CTA has one split, or two
-    for times in (*few, ALONE, MANY) if tile_for(spec).transposed else (1,):
+    for times in (*FEW, ALONE, MANY) if tile_for(spec).transposed else (1,):
         clusters = launch_variant(spec, times * batch, rows, HEADS, CAPACITY, cp.cuda.Device().attributes["MultiProcessorCount"])[1]
-        assert not tile_for(spec).transposed or (clusters > 0) == (times in few)
+        assert not tile_for(spec).transposed or (clusters > 0) == (times in FEW)
         many = cp.concatenate([q] * times)
         out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec), times), **masks, return_lse=True)
         report(f"{spec.name} read by {len(many)}, {clusters} CTAs a cluster", out)

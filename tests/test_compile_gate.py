@@ -14,7 +14,7 @@ import pytest
 
 from rawattn.compiler import CompileReport, UnsupportedEnvironment, compile_cubin, nvrtc_version
 from rawattn.spec import DTYPES, MASKS, AppendSpec, KernelSpec
-from rawattn.tiles import SHARED_MEMORY_OF_SM, SHORT_TILE, SMALL_TILE_ROWS, SPLIT_TABLE, TABLE, launch_variants, tile_for
+from rawattn.tiles import SHARED_MEMORY_OF_SM, SHORT_TILE, SPLIT_TABLE, TABLE, launch_variants, tile_for
 
 # The largest dims of each row in every variant; dims that fill no slab of 64 columns, with a ratio that is no power of two; pages.
 PLAIN = [
@@ -40,11 +40,11 @@ def split_specs() -> Iterator[KernelSpec]:
 
 def launch_specs() -> Iterator[KernelSpec]:
     """Each row that may have clusters, or CTAs with an SM to themselves: masks in turn, one dtype without pages and the other with some."""
-    rows = [row for row in SPLIT_TABLE if row[-1].transposed and row[-1].tile_m <= SMALL_TILE_ROWS]
+    rows = [row for row in SPLIT_TABLE if row[-1].transposed]
     for number, ((head_dim, head_dim_v, tile), mask) in enumerate(zip(rows, itertools.cycle(MASKS), strict=False)):
         for dtype, page_rows in zip(DTYPES, (0, 16) if number % 2 else (16, 0), strict=True):
             spec = KernelSpec(dtype, head_dim, head_dim_v, 4, mask, True, tile.tile_m, page_rows)
-            yield from launch_variants(spec)[1:]
+            yield from (variant for variant in launch_variants(spec)[1:] if variant.split_rows == spec.split_rows)
 
 
 SPECS = [*PLAIN, *split_specs(), *launch_specs()]
@@ -77,9 +77,7 @@ def test_every_row_of_the_table_is_reached() -> None:
     assert {(spec.head_dim, spec.split_rows) for spec in SPECS if spec.alone} == {
         (dim, tile.tile_m) for dim, _, tile in SPLIT_TABLE if tile.ctas_per_sm > 1
     }
-    assert {id(tile_for(spec)) for spec in SPECS if spec.cluster} == {
-        id(tile) for *_, tile in SPLIT_TABLE if tile.transposed and tile.tile_m <= SMALL_TILE_ROWS
-    }
+    assert {id(tile_for(spec)) for spec in SPECS if spec.cluster} == {id(tile) for *_, tile in SPLIT_TABLE if tile.transposed}
     assert len(set(SPECS)) == len(SPECS)
 
 

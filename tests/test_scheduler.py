@@ -427,19 +427,20 @@ def test_only_transposed_tiles_have_clusters(row: tuple[int, int, Tile], tiles: 
     assert launch_variant(spec, tiles, 1, 1, keys, 132) == (spec, 0)
 
 
-@pytest.mark.parametrize("batch, rows, heads, are_at_once, rows_of_tile, cluster", [
-    (1, 32, 8, True, 32, 8),
-    (1, 33, 4, True, 32, 8),  # two tiles for each head
-    (1, 64, 8, True, 32, 8),
-    (1, 64, 8, False, 32, 0),  # an H100 has room for 15 clusters of 8; but each split has an SM
-    (2, 64, 8, False, 64, 0),
-    (16, 64, 8, True, 64, 0),
+@pytest.mark.parametrize("batch, rows, heads, keys, are_at_once, rows_of_tile, cluster", [
+    (1, 32, 8, 4096, True, 32, 8),
+    (1, 33, 4, 4096, True, 32, 8),  # two tiles for each head, in clusters of 64 CTAs together
+    (1, 64, 8, 4096, True, 64, 8),  # which would be 128
+    (1, 64, 8, 8192, True, 32, 0),  # but each long split has an SM
+    (2, 64, 4, 4096, True, 64, 8),
+    (2, 64, 4, 4096, False, 64, 0),
+    (16, 64, 8, 32768, True, 64, 0),
 ])  # fmt: skip
-def test_64_rows_are_two_tiles_while_each_split_has_an_sm(
-    batch: int, rows: int, heads: int, are_at_once: bool, rows_of_tile: int, cluster: int
+def test_64_rows_are_two_tiles_where_these_are_few(
+    batch: int, rows: int, heads: int, keys: int, are_at_once: bool, rows_of_tile: int, cluster: int
 ) -> None:
     spec = spec_of_row(128, 128, 64 if rows > 32 else 32)
-    variant = launch_variant(spec, batch, rows, heads, 4096, 132, lambda *_: are_at_once)
+    variant = launch_variant(spec, batch, rows, heads, keys, 132, lambda *_: are_at_once)
     assert variant == (replace(spec, split_rows=rows_of_tile, cluster=cluster > 0), cluster)
     assert variant[0] in launch_variants(spec)
 
