@@ -33,7 +33,7 @@ class KernelSpec:
     varlen:     the sequences' bounds are read on the device: packed (T, H, D) arrays, or a KV cache.
     split_rows: where keys are split among CTAs, the rows of a tile (ROWS_OF_SPLIT_TILES), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
-    short:      whether the sequences have so few queries that tiles of fewer rows serve them better (tiles.is_short).
+    short:      whether the sequences have so few queries that another tile serves them better (tiles.is_short).
     cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_size).
     alone:      where keys are split, whether a CTA has an SM to itself, though two would fit (tiles.is_alone).
 

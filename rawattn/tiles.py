@@ -43,6 +43,7 @@ class Tile:
     reason: str
     ctas_per_sm: int = 1
     transposed: bool = False  # the rows are columns of the MMAs, whose own 64 rows are keys (attention_decode.cu)
+    short: Tile | None = None  # instead, for sequences of up to SHORT_QUERIES queries that are not packed
 
     def __post_init__(self) -> None:
         # More than the CTA was launched with would make a warpgroup wait for registers for ever.
@@ -96,6 +97,11 @@ class Tile:
 
 _ALL = ("full", "causal", "window")
 
+SHORT_QUERIES = 1024
+# Of short sequences. A block has as many keys as in the tile of long ones, and the diagonal falls as it does there: the bits are the same.
+_SHORT_64 = Tile(128, 128, 2, 4, (40, 232), True, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
+_SHORT_256 = Tile(128, 80, 1, 2, (40, 232), True, "in turns, which fill the ends of tiles; long sequences are 1 to 2% faster without")
+
 # (largest head_dim, largest head_dim_v, masks, tile); the first row that holds the spec is used.
 # Accumulators a consumer thread holds: scores tile_n/2, P tile_n/4, output head_dim_v/2, beside about 35 for the rest.
 TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
@@ -109,7 +115,7 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         64,
         64,
         ("causal",),
-        Tile(192, 128, 2, 4, (32, 160), True, "as full; warpgroups that the diagonal lets run ahead find more blocks loaded"),
+        Tile(192, 128, 2, 4, (32, 160), True, "as full; warpgroups that may run ahead find more blocks loaded", short=_SHORT_64),
     ),
     (80, 80, _ALL, Tile(192, 112, 1, 3, (32, 160), True, "three warpgroups as for 64, with as many keys as their registers hold")),
     (96, 96, ("full", "window"), Tile(192, 112, 1, 3, (32, 160), True, "likewise; causal is 5% faster with the square tile of 128")),
@@ -126,13 +132,10 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
         256,
         256,
         ("full", "causal"),
-        Tile(128, 80, 1, 2, (40, 232), False, "two stages of 256 + 256 columns just fit; the output alone takes 128 registers"),
+        Tile(128, 80, 1, 2, (40, 232), False, "two stages of 256 + 256 columns just fit; the output takes 128 registers", short=_SHORT_256),
     ),
     (256, 256, ("window",), Tile(128, 64, 1, 2, (40, 232), False, "both bounds of a window take registers that a wider block would spill")),
 )
-# A block has as many keys as in the first row, and the diagonal falls as it does there: the bits are the same.
-SHORT_QUERIES = 1024
-SHORT_TILE = Tile(128, 128, 2, 4, (40, 232), True, "192 rows waste a third of their last tile, and a tile on the diagonal half of itself")
 
 
 def _few_rows(rows: int, tile_n: int, q_stages: int, stages: int, reason: str, ctas_per_sm: int = 1) -> Tile:
@@ -167,8 +170,8 @@ def _alone(tile: Tile) -> Tile:
 
 
 def is_short(spec: KernelSpec, rows_q: int) -> bool:
-    """Whether SHORT_TILE serves sequences of `rows_q` queries better than the first row of the table."""
-    return max(spec.head_dim, spec.head_dim_v) <= 64 and spec.mask == "causal" and not spec.varlen and rows_q <= SHORT_QUERIES
+    """Whether sequences of `rows_q` queries have a tile of their own."""
+    return rows_q <= SHORT_QUERIES and not spec.varlen and tile_for(spec).short is not None
 
 
 def split_rows(head_dim: int, head_dim_v: int, gqa_ratio: int, kv_heads: int, rows_q: int | None) -> int:
@@ -300,9 +303,7 @@ def tile_for(spec: KernelSpec) -> Tile:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
                 return _alone(tile) if spec.alone else tile
-    if spec.short:
-        return SHORT_TILE
     for head_dim, head_dim_v, masks, tile in TABLE:
         if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.mask in masks:
-            return tile
+            return tile.short or tile if spec.short else tile
     raise AssertionError(f"no tile for {spec}")  # the last row holds every legal spec

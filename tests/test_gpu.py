@@ -333,7 +333,7 @@ def test_the_tile_that_a_row_falls_into_does_not_change_its_bits(name: str) -> N
     """Which hidden keys are left out differs from tile to tile. All rows see more than FEW_KEYS, which goes by a warpgroup's first row."""
     q, k, v = make(DENSE[name], 1, 1300, 1600, 2)
     out, lse = rawattn.attention(q, k, v, causal=True, return_lse=True)
-    for first in (1, 64, 100, 191):
+    for first in (1, 64, 100, 191, 300):  # the last has few enough rows for the tile of short sequences
         tail, tail_lse = rawattn.attention(q[:, first:], k, v, causal=True, return_lse=True)
         assert same_bits(tail, out[:, first:]) and same_bits(tail_lse, lse[..., first:]), first
 

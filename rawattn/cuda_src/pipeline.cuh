@@ -400,6 +400,7 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
 
 // What no other tile reads leaves L2 first; small pages were slower so.
 constexpr uint64_t KV_POLICY = TRANSPOSED && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
+constexpr uint64_t Q_POLICY = !SPLIT && HEAD_DIM > 128 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // narrower ones are no faster so
 
 template <uint64_t L2_POLICY>
 __device__ __forceinline__ void load_slabs(
@@ -500,7 +501,7 @@ __device__ __forceinline__ void produce(const Arguments& args, List& list, const
                     if (threadIdx.x == 0) {
                         mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
                         mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                        load_slabs<L2_EVICT_NORMAL>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+                        load_slabs<Q_POLICY>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
                     }
                     ++q_ring.count;
                 };
