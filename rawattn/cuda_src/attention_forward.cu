@@ -303,6 +303,22 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         const int own_first = tile.first_row + 64 * warpgroup;
         const KeyBlocks blocks = tile_blocks(args, tile, own_first);
         int block = blocks.end - 1;
+        if (!SPLIT && own_first >= tile.q_length) {  // all rows lie past the sequence's end: the warpgroup only keeps pace with the others
+            mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+            release_q();
+#pragma unroll 1
+            for (; block >= blocks.begin; --block) {
+                await_k();
+                await_turn();
+                pass_turn();
+                release_k();
+                await_v();
+                release_v();
+            }
+            __syncwarp();
+            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+            continue;
+        }
 
         Scores scores;
         float rescale[2];
