@@ -376,9 +376,8 @@ class Plan:
         self._mapped: list[int] = []
 
         of_a_sequence = tiles_of_sequence(spec, rows_q, heads)
-        tiles = (
-            of_a_sequence + batch * (heads // spec.pack) if ragged else of_a_sequence * batch
-        )  # an upper bound where the device knows the lengths
+        # Where only the device knows the lengths, an upper bound.
+        tiles = of_a_sequence + batch * (heads // spec.pack) if ragged else of_a_sequence * batch
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
         places, share = tiles + multiprocessors, 0
         if spec.split_rows:
