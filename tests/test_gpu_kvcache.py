@@ -374,6 +374,24 @@ def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_
                 assert untouched_outside(out, memory)
 
 
+def test_64_rows_have_the_same_bits_in_two_small_tiles_of_the_list_and_in_one() -> None:
+    """One sequence of many heads and long splits has small tiles, 16 have not; nothing here fits a cluster's rule."""
+    rows, heads, heads_k, capacity = 16, 32, 8, 9216
+    spec, multiprocessors = cache_spec("bfloat16", 128, 128, 4, heads_k, "causal", rows), cp.cuda.Device().attributes["MultiProcessorCount"]
+    assert [launch_variant(spec, batch, rows, heads, capacity, multiprocessors)[0].name.split("split")[1] for batch in (1, 16)] == [
+        "32",
+        "64",
+    ]
+    caches = {name: normal((1, capacity, heads_k, 128), "bfloat16") for name in ("k_cache", "v_cache")}
+    call = caches | {"q": normal((1, rows, heads, 128), "bfloat16"), "cache_seqlens": device_ints([9001])}
+    right, right_lse = assert_right(call)
+    many = {"q": cp.concatenate([call["q"]] * 16), "cache_seqlens": device_ints([9001] * 16), "cache_batch_idx": device_ints([0] * 16)}
+    for some, times in ((call, 1), (caches | many, 16)):
+        for _ in range(10):
+            out, lse = rawattn.attention_with_kvcache(**some, return_lse=True)
+            assert all(same_bits(out[b], right[0]) and same_bits(lse[b], right_lse[0]) for b in range(times))
+
+
 def test_a_row_of_many_is_the_row_of_one_step() -> None:
     """Ten times over, with or without LSE, ragged sequences together or alone: the same bits."""
     call = make("128", [500, 65, 0, 300], 2)
