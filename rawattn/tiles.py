@@ -224,16 +224,16 @@ def tiles_of_sequence(spec: KernelSpec, rows_q: int, heads: int) -> int:
     return -(-rows_q * spec.pack // tile_rows(spec)) * (heads // spec.pack)
 
 
-def cluster_size(spec: KernelSpec, tiles: int, tiles_of_sequence: int, keys: int, multiprocessors: int) -> int:
+def cluster_size(spec: KernelSpec, tiles: int, counted: int, keys: int, multiprocessors: int) -> int:
     """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits had better be shared out instead.
 
     That is so where keys are few enough for one split, and where the clusters of all `tiles` would not be on the GPU at once. Clusters grow
     beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has `keys` keys at most, so that the lengths, which only
-    the device knows, have no say.
+    the device knows, have no say; its splits are counted by `counted` tiles (small_tiles).
     """
     tile = tile_for(spec)
     blocks = -(-keys // tile.tile_n)  # at most; fewer have no more splits than these, by blocks_of_a_split:
-    splits = min(tile.most_splits(tiles_of_sequence), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
+    splits = min(tile.most_splits(counted), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
     most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:

@@ -264,6 +264,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
     RowStates<ROWS_OF_THREAD> carried_states;
+    const auto await_q = [&] { mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase()); };
     const auto await_k = [&] { mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase()); };
     const auto await_v = [&] { mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase()); };
     const auto await_turn = [&] {
@@ -293,6 +294,22 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         if (signals) mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
         ++v_ring.count;
     };
+    // Of a block that the warpgroup does not compute. A buffer is released only once it is full: before, a warp's second release in one lap would
+    // stand in for a warp that still reads.
+    const auto pass_over_k = [&] {
+        await_k();
+        await_turn();
+        pass_turn();
+        release_k();
+    };
+    const auto pass_over_v = [&] {
+        await_v();
+        release_v();
+    };
+    const auto release_tile = [&](uint32_t slot) {
+        __syncwarp();
+        if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+    };
 
     while (true) {
         const uint32_t slot = slot_ring.stage();
@@ -304,19 +321,14 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         const KeyBlocks blocks = tile_blocks(args, tile, own_first);
         int block = blocks.end - 1;
         if (!SPLIT && own_first >= tile.q_length) {  // all rows lie past the sequence's end: the warpgroup only keeps pace with the others
-            mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+            await_q();
             release_q();
 #pragma unroll 1
             for (; block >= blocks.begin; --block) {
-                await_k();
-                await_turn();
-                pass_turn();
-                release_k();
-                await_v();
-                release_v();
+                pass_over_k();
+                pass_over_v();
             }
-            __syncwarp();
-            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+            release_tile(slot);
             continue;
         }
 
@@ -340,7 +352,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             pin(lse);
         };
         const bool is_last_of_q = !SPLIT || tile.split == tile.run_end - 1;
-        if (!SPLIT || tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+        if (!SPLIT || tile.split == tile.run_begin) await_q();
         if (SPLIT && blocks.begin >= blocks.end) {  // a split may have no key that the tile sees
             if (is_last_of_q) release_q();
         } else {
@@ -356,22 +368,15 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pin(probs);
             };
 
-            // Hidden keys add exact zeros, so leaving them out changes no bit. A buffer is released only once it is full: before, a warp's second
-            // release in one lap would stand in for a warp that still reads.
+            // Hidden keys add exact zeros, so leaving them out changes no bit.
             const bool passes = PASSES_HIDDEN_BLOCKS && block > blocks.begin && blocks.own_end <= block * TILE_N;
             if (passes) {
-                await_k();
-                await_turn();
-                pass_turn();
-                release_k();
+                pass_over_k();
                 --block;
             }
             start_scores(scores, q);
             pass_turn();
-            if (passes) {
-                await_v();
-                release_v();
-            }
+            if (passes) pass_over_v();
             wgmma_wait<0>();
             pin(scores);
             release_k();
@@ -456,13 +461,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         }
         if (is_done) {
             scale_rows(output, inverse);
-            __syncwarp();
-            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+            release_tile(slot);
             store_output(output, to);
             store_lse(lse, to);
         } else {
-            __syncwarp();
-            if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+            release_tile(slot);
         }
     }
     if (warpgroup == 0) await_turn();  // takes up the last turn, which nobody else would
