@@ -13,6 +13,9 @@ constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (
 // Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it.
 constexpr bool PASSES_HIDDEN_BLOCKS = BOUND_RIGHT && !BOUND_LEFT && !SPLIT && TILE_M > TILE_N;
 
+// A warpgroup whose rows all lie past the sequence's end only keeps pace with the others. To ask costs a short narrow tile 3%.
+constexpr bool KEEPS_PACE = !SPLIT && (CONSUMER_WARPGROUPS > 2 || HEAD_DIM_V > 64);
+
 // Masked blocks have a loop of their own where a branch in each block costs more than the compiler needs for a second copy.
 constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE || SPLIT;
 
@@ -320,7 +323,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         const int own_first = tile.first_row + 64 * warpgroup;
         const KeyBlocks blocks = tile_blocks(args, tile, own_first);
         int block = blocks.end - 1;
-        if (!SPLIT && own_first >= tile.q_length) {  // all rows lie past the sequence's end: the warpgroup only keeps pace with the others
+        if (KEEPS_PACE && own_first >= tile.q_length) {
             await_q();
             release_q();
 #pragma unroll 1
