@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, launch_variant, tile_for, tile_rows, tiles_of_sequence
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, tile_for, tile_rows, tiles_of_sequence
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -33,9 +33,6 @@ ARGUMENTS = np.dtype(
         "itemsize": 576,
     }
 )  # fmt: skip
-# K and V that tiles in flight share should stay in L2 (50 MB on an H100). Short sequences get half: their Q and output pass as fast.
-L2_BUDGET = 32 << 20
-SHORT = 1024
 PLACES_LIMIT, QUOTIENT_LIMIT = 1 << 30, 1 << 21  # of the list of tiles: what int and divide() of cuda_src/scheduler.cuh are right for
 ARRIVALS_BYTES = 4096  # at the start of a workspace: up to two counters for each of up to 512 CTAs
 
@@ -387,12 +384,6 @@ class Plan:
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows(spec)} rows, and k {rows_k} rows; needed: fewer")
         self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
 
-        # Equal tiles of one head run side by side; with a diagonal, the longest tiles of all the heads that L2 holds come first.
-        heads_per_group = 1
-        if spec.mask == "causal":
-            budget = L2_BUDGET // 2 if rows_k <= SHORT else L2_BUDGET
-            heads_per_group = max(1, budget // (2 * rows_k * (spec.head_dim + spec.head_dim_v))) * spec.gqa_ratio
-
         fields = block.view(ARGUMENTS)[0]
         fields["out_strides"] = (0 if ragged else out.strides[0], out.strides[-3], out.strides[-2])
         fields["lse_batch_stride"] = 0 if ragged else heads * rows_q
@@ -400,7 +391,7 @@ class Plan:
         fields["sizes"] = (batch, heads // spec.pack, rows_q, rows_k)
         fields["new_keys"] = new_keys
         fields["mask"] = (left, right, bottom_right)
-        fields["heads_per_group"] = min(heads_per_group, batch * heads)
+        fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
 
@@ -449,7 +440,7 @@ _APPEND_ROWS = ("q", "rotated_q", "k", "v", "k_cache", "v_cache")
 _APPEND_POINTERS = ("rotary_cos", "rotary_sin", "cu_seqlens_q", "cache_seqlens", "cache_batch_idx", "page_table")
 _APPEND_SIZES = (
     "batch", "seqlen_q", "q_heads", "kv_heads", "head_dim", "head_dim_v", "capacity", "page_size", "rotary_dim", "max_position",
-    "interleaved", "query_advances",
+    "lanes", "interleaved", "query_advances",
 )  # fmt: skip
 APPEND_ARGUMENTS = np.dtype(
     [
@@ -501,19 +492,20 @@ class CachePlan:
         for name in rows.keys() & _APPEND_ROWS:
             *batch_stride, row_stride, head_stride, _ = rows[name].strides
             fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
+        lanes = 1 << (max(q.shape[-1], v.shape[-1]) // 8 - 1).bit_length()
         sizes = dict(
             batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
             capacity=capacity, page_size=k.shape[1], rotary_dim=2 * cos.shape[1] if cos else 0, max_position=cos.shape[0] if cos else 0,
-            interleaved=interleaved, query_advances=mask != "full" or rows_q == 1,
+            lanes=lanes, interleaved=interleaved, query_advances=mask != "full" or rows_q == 1,
         )  # fmt: skip
         for name, size in sizes.items():
             fields[name] = size
         fields["page_table_stride"] = page_table_stride
         tokens = q.shape[-3] * (1 if ragged else batch)
-        warps = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
-        if warps >= 1 << 32:
-            raise ValueError(f"k has shape {views['k'].shape}: {warps} heads to write, with those of q; needed: under 2^32")
-        self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-32 * warps // APPEND_THREADS), APPEND_THREADS, 0, block)
+        tasks = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
+        if tasks >= 1 << 32:
+            raise ValueError(f"k has shape {views['k'].shape}: {tasks} heads to write, with those of q; needed: under 2^32")
+        self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-tasks * lanes // APPEND_THREADS), APPEND_THREADS, 0, block)
         import cupy
 
         self._workspaces, self._rotated_q_offset = _workspaces(cupy.cuda.Device().id), 0

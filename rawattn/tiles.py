@@ -18,6 +18,8 @@ PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are fe
 SMALL_TILE_ROWS = 32  # with few tiles: two for 64 rows end sooner than one, though both load the keys, the second from L2
 LONG_SPLIT = 1024  # keys, of which computing takes longer than joining the splits does
 BUSY_CTAS = 64  # load from memory at its full rate
+GROUP_BYTES = 8 << 20, 32 << 20  # of K and V that tiles in flight share, which stay in L2 (50 MB on an H100): at least and at most
+GROUP_BYTES_OF_KEY = 16 << 10  # in between, for the Q and the output of short sequences pass through L2 as fast
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -295,6 +297,25 @@ def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
     if batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
         multiprocessors *= tile_for(spec).ctas_per_sm  # fewer splits are better spread over as many SMs
     return min(multiprocessors, tiles * MAX_SPLITS)
+
+
+def heads_per_group(spec: KernelSpec, batch: int, kv_heads: int, keys: int) -> int:
+    """Query heads whose tiles are dealt together where keys are not split, of `batch` sequences of `keys` keys with `kv_heads` KV heads.
+
+    Equal tiles of one head run side by side. With a diagonal, the longest tiles of as many heads as L2 holds come first. A group has whole
+    sequences or an equal part of one, since the heads of a row are neighbours in memory, and groups are equal, since a smaller last one
+    would not fill the GPU; where nothing divides so, they are nearly equal.
+    """
+    if spec.mask != "causal":
+        return 1
+    least, most = GROUP_BYTES
+    size = min(max(GROUP_BYTES_OF_KEY * keys, least), most)
+    total = batch * kv_heads
+    heads = min(max(1, size // (2 * keys * (spec.head_dim + spec.head_dim_v))), total)
+    for n in range(heads, (heads - 1) // 2, -1):
+        if total % n == 0 and (n % kv_heads == 0 or kv_heads % n == 0):
+            return n * spec.gqa_ratio
+    return -(-total // -(-total // heads)) * spec.gqa_ratio
 
 
 def tile_for(spec: KernelSpec) -> Tile:

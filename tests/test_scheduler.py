@@ -22,6 +22,7 @@ from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
 from rawattn.tiles import (
     FEW_KEYS,
+    GROUP_BYTES,
     MAX_SPLITS,
     SHARED_MEMORY_LIMIT,
     SHARED_MEMORY_OF_SM,
@@ -33,6 +34,7 @@ from rawattn.tiles import (
     blocks_of_a_split,
     cluster_size,
     grid,
+    heads_per_group,
     is_alone,
     launch_variant,
     launch_variants,
@@ -207,6 +209,35 @@ def test_every_tile_is_visited_once_and_the_longest_of_a_group_first(
     m_block_step, group_step = step.T
     assert (group_step >= 0).all()  # one group after the other
     assert (m_block_step[group_step == 0] <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "head_dim, batch, kv_heads, keys, heads",
+    [
+        (128, 32, 16, 512, 32),  # 8 MB of K and V: two sequences
+        (128, 16, 16, 1024, 32),
+        (128, 4, 16, 4096, 16),  # 32 MB
+        (128, 1, 16, 16384, 4),  # a quarter of a sequence
+        (256, 32, 8, 512, 16),
+        (64, 2, 71, 4096, 29),  # of 142 heads: nothing divides them
+        (128, 1, 40, 5000, 10),  # 13 would leave a group of one
+        (128, 23, 16, 700, 16),  # 23 sequences do not go in pairs
+        (128, 1, 2, 1 << 20, 1),
+    ],
+)
+def test_heads_that_share_l2(head_dim: int, batch: int, kv_heads: int, keys: int, heads: int) -> None:
+    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, 4, "causal"), batch, kv_heads, keys) == 4 * heads
+    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, 4, "full"), batch, kv_heads, keys) == 1
+
+
+@examples
+@given(st.sampled_from([64, 128, 256]), st.integers(1, 64), st.integers(1, 128), st.integers(1, 1 << 20))
+def test_heads_that_share_l2_fit_in_it(head_dim: int, batch: int, kv_heads: int, keys: int) -> None:
+    heads, total = heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, 1, "causal"), batch, kv_heads, keys), batch * kv_heads
+    assert 1 <= heads <= total
+    assert heads == 1 or heads * 4 * keys * head_dim <= GROUP_BYTES[1]
+    groups = -(-total // heads)
+    assert groups * heads - total < groups  # the last has less than one head for each group too few
 
 
 @each_spec

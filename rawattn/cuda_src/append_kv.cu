@@ -1,5 +1,5 @@
 // Writes the new rows of K and V into the cache, rotated by their positions where there is a rotary embedding (Su et al. 2021), and the rotated
-// queries beside them. One warp has one head of one token; a lane has 8 columns, or 8 and the 8 that they are rotated with.
+// queries beside them. A group of lanes has one head of one token; a lane has 8 columns, or 8 and the 8 that they are rotated with.
 // The constants in capitals come from a generated prologue (compiler.py).
 #include "ptx.cuh"
 
@@ -27,6 +27,7 @@ struct Arguments {
     int head_dim, head_dim_v;
     int capacity, page_size;
     int rotary_dim, max_position;
+    unsigned lanes;      // of a group: a power of two that 8 columns each suffice for; fewer CTAs start sooner
     int interleaved;     // pairs are neighbours (1), or half of the rotary columns apart (0)
     int query_advances;  // query i is rotated as key i is (1), or all as key 0 (0)
 };
@@ -96,7 +97,7 @@ __device__ int sequence_of(const Arguments& args, int row) {
 extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
     let_next_kernel_start();  // the attention gets ready meanwhile, and waits before it loads what is written here
     const unsigned heads = 2 * args.kv_heads + (args.rotated_q.data != nullptr ? args.q_heads : 0);
-    const unsigned task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, token = task / heads;
+    const unsigned task = blockIdx.x * (blockDim.x / args.lanes) + threadIdx.x / args.lanes, token = task / heads;
     const bool is_packed = args.cu_seqlens_q != nullptr;
     const unsigned array_batch = is_packed ? 0 : token / args.seqlen_q;
     if (array_batch >= (is_packed ? 1 : args.batch)) return;
@@ -106,7 +107,7 @@ extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
     int head = task - token * heads;
     const bool is_q = head >= 2 * args.kv_heads, is_v = !is_q && head >= args.kv_heads;
     head -= is_q ? 2 * args.kv_heads : is_v ? args.kv_heads : 0;
-    const int column = 8 * (threadIdx.x % 32), columns = is_v ? args.head_dim_v : args.head_dim;
+    const int column = 8 * (threadIdx.x % args.lanes), columns = is_v ? args.head_dim_v : args.head_dim;
     const int rotary_dim = is_v ? 0 : args.rotary_dim, half = rotary_dim / 2;
     const bool has_partner = !args.interleaved && column < half;
     const char* from = at(is_q ? args.q : is_v ? args.v : args.k, array_batch, row, head) + 2 * column;
