@@ -18,8 +18,9 @@ PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are fe
 SMALL_TILE_ROWS = 32  # with few tiles: two for 64 rows end sooner than one, though both load the keys, the second from L2
 LONG_SPLIT = 1024  # keys, of which computing takes longer than joining the splits does
 BUSY_CTAS = 64  # load from memory at its full rate
-GROUP_BYTES = 8 << 20, 32 << 20  # of K and V that tiles in flight share, which stay in L2 (50 MB on an H100): at least and at most
-GROUP_BYTES_OF_KEY = 16 << 10  # in between, for the Q and the output of short sequences pass through L2 as fast
+# K and V of the heads whose tiles are dealt together, as if each query head had its own, since their Q and output pass through L2 as well
+# (50 MB on an H100): at least and at most, and in between for each key of a sequence.
+GROUP_BYTES, GROUP_BYTES_OF_KEY = (8 << 20, 32 << 20), 16 << 10
 FEW_KEYS = 128  # rows that see no more than this keep P in two parts; FEW_KEYS of the kernel
 
 
@@ -311,7 +312,7 @@ def heads_per_group(spec: KernelSpec, batch: int, kv_heads: int, keys: int) -> i
     least, most = GROUP_BYTES
     size = min(max(GROUP_BYTES_OF_KEY * keys, least), most)
     total = batch * kv_heads
-    heads = min(max(1, size // (2 * keys * (spec.head_dim + spec.head_dim_v))), total)
+    heads = min(max(1, size // (2 * spec.gqa_ratio * keys * (spec.head_dim + spec.head_dim_v))), total)
     for n in range(heads, (heads - 1) // 2, -1):
         if total % n == 0 and (n % kv_heads == 0 or kv_heads % n == 0):
             return n * spec.gqa_ratio

@@ -212,22 +212,24 @@ def test_every_tile_is_visited_once_and_the_longest_of_a_group_first(
 
 
 @pytest.mark.parametrize(
-    "head_dim, batch, kv_heads, keys, heads",
+    "head_dim, batch, kv_heads, gqa_ratio, keys, heads",
     [
-        (128, 32, 16, 512, 32),  # 8 MB of K and V: two sequences
-        (128, 16, 16, 1024, 32),
-        (128, 4, 16, 4096, 16),  # 32 MB
-        (128, 1, 16, 16384, 4),  # a quarter of a sequence
-        (256, 32, 8, 512, 16),
-        (64, 2, 71, 4096, 29),  # of 142 heads: nothing divides them
-        (128, 1, 40, 5000, 10),  # 13 would leave a group of one
-        (128, 23, 16, 700, 16),  # 23 sequences do not go in pairs
-        (128, 1, 2, 1 << 20, 1),
+        (128, 32, 16, 1, 512, 32),  # 8 MB of K and V: two sequences
+        (128, 16, 16, 1, 1024, 32),
+        (128, 4, 16, 1, 4096, 16),  # 32 MB
+        (128, 1, 16, 1, 16384, 4),  # a quarter of a sequence
+        (256, 32, 8, 1, 512, 16),
+        (64, 2, 71, 1, 4096, 29),  # of 142 heads: nothing divides them
+        (128, 1, 40, 1, 5000, 10),  # 13 would leave a group of one
+        (128, 23, 16, 1, 700, 16),  # 23 sequences do not go in pairs
+        (128, 1, 2, 1, 1 << 20, 1),
+        (128, 4, 8, 4, 2048, 32),  # as many query heads as without GQA
+        (128, 1, 1, 64, 1 << 20, 64),  # but all of a KV head
     ],
 )
-def test_heads_that_share_l2(head_dim: int, batch: int, kv_heads: int, keys: int, heads: int) -> None:
-    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, 4, "causal"), batch, kv_heads, keys) == 4 * heads
-    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, 4, "full"), batch, kv_heads, keys) == 1
+def test_heads_that_share_l2(head_dim: int, batch: int, kv_heads: int, gqa_ratio: int, keys: int, heads: int) -> None:
+    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, gqa_ratio, "causal"), batch, kv_heads, keys) == heads
+    assert heads_per_group(KernelSpec("bfloat16", head_dim, head_dim, gqa_ratio, "full"), batch, kv_heads, keys) == 1
 
 
 @examples

@@ -1,7 +1,7 @@
 // Attention of few queries, up to 64 rows of a KV head, to many keys, for sm_90a. The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys, and
 // columns of V, are the 64 rows that WGMMA has, and the few query rows of a warpgroup are its columns, so that nothing is computed for rows that do not
 // exist, and each thread has its share of the exponentials. P^T goes through shared memory. Memory is the limit, so there is no overlap but that of
-// the producer warp's loads (pipeline.cuh), and of S^T of one block with O^T of the block before.
+// the producer warp's loads (pipeline.cuh), and of O^T of one block with S^T and the maxima of the next.
 // The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
 #include "pipeline.cuh"
 
@@ -33,37 +33,51 @@ struct Max {
     __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
-// Takes the values that the threads have for each row together, in a fixed order. `exchange` is [4, WARPGROUP_ROWS / 2], of each warp its values
-// for two rows at a time; nobody may read it any more.
+// Takes the values that the threads have for each row together, in a fixed order: first those of a warp, which are left in `exchange`, [4,
+// WARPGROUP_ROWS], which nobody may read any more.
 template <class Operation>
-__device__ __forceinline__ void over_keys(float (&values)[ROWS_OF_THREAD], float2* exchange, Operation operation) {
+__device__ __forceinline__ void over_keys_of_warp(float (&values)[ROWS_OF_THREAD], float* exchange, Operation operation) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    int row = 0;
+    // Of two lanes each goes on with half of the rows, until it has one.
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
+    for (int distance = 4, rows = ROWS_OF_THREAD; distance < 32; distance *= 2, rows = max(1, rows / 2)) {
+        const bool upper = lane & distance;
+        const int half = rows / 2;
+        if (upper) row += half;
 #pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; ++r) values[r] = operation(values[r], __shfl_xor_sync(~0u, values[r], distance));
+        for (int r = 0; r < max(1, half); ++r) {
+            const float received = __shfl_xor_sync(~0u, upper ? values[r] : values[r + half], distance);
+            values[r] = operation(upper ? values[r + half] : values[r], received);
+        }
     }
-    if (lane < 4) {
-#pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; r += 2) exchange[warp * (WARPGROUP_ROWS / 2) + warpgroup_row(r) / 2] = make_float2(values[r], values[r + 1]);
-    }
+    if (lane < 4 * ROWS_OF_THREAD) exchange[warp * WARPGROUP_ROWS + warpgroup_row(row)] = values[0];
+}
+
+// Then those of all four.
+template <class Operation>
+__device__ __forceinline__ void over_keys_of_warpgroup(float (&values)[ROWS_OF_THREAD], const float* exchange, Operation operation) {
     named_barrier_sync(warpgroup_barrier(), 128);
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
         float2 of_warp[4];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) of_warp[w] = exchange[w * (WARPGROUP_ROWS / 2) + warpgroup_row(r) / 2];
+        for (int w = 0; w < 4; ++w) of_warp[w] = *reinterpret_cast<const float2*>(exchange + w * WARPGROUP_ROWS + warpgroup_row(r));
         values[r] = operation(operation(of_warp[0].x, of_warp[1].x), operation(of_warp[2].x, of_warp[3].x));
         values[r + 1] = operation(operation(of_warp[0].y, of_warp[1].y), operation(of_warp[2].y, of_warp[3].y));
     }
+}
+
+__device__ __forceinline__ void pin(Scores& scores) {
+#pragma unroll
+    for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
 }
 
 // scores = K Q^T for one block of keys
 __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, uint32_t k_smem) {
     const MatrixDescriptor<Q_SLAB> q(q_smem);
     const MatrixDescriptor<KV_SLAB> k(k_smem);
-#pragma unroll
-    for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
+    pin(scores);
     wgmma_fence();
 #pragma unroll
     for (int t = 0; t < KEY_TILES; ++t) {
@@ -79,8 +93,7 @@ __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, ui
         }
     }
     wgmma_commit();
-#pragma unroll
-    for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
+    pin(scores);
 }
 
 // output += V^T P^T for one block of keys
@@ -146,8 +159,8 @@ __device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, in
     }
 }
 
-// Turns the block's raw scores into exp(scale * (score - max)), and rescales what was accumulated before.
-__device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_THREAD>& states, Output& output, float2* exchange, float scale_log2) {
+// Begins the softmax of a block: the maxima of a warp's raw scores.
+__device__ __forceinline__ void find_max(const Scores& scores, const RowStates<ROWS_OF_THREAD>& states, float* exchange) {
     float max[ROWS_OF_THREAD];
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) max[r] = states.max[r];
@@ -156,7 +169,13 @@ __device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_T
 #pragma unroll
         for (int i = 0; i < REGISTERS; ++i) max[fragment_row(i)] = fmaxf(max[fragment_row(i)], scores[t][i]);
     }
-    over_keys(max, exchange, Max());
+    over_keys_of_warp(max, exchange, Max());
+}
+
+// Turns the raw scores into exp(scale * (score - max)), and rescales what was accumulated before.
+__device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_THREAD>& states, Output& output, const float* exchange, float scale_log2) {
+    float max[ROWS_OF_THREAD];
+    over_keys_of_warpgroup(max, exchange, Max());
     float rescale[ROWS_OF_THREAD], offset[ROWS_OF_THREAD];
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
@@ -253,11 +272,11 @@ __device__ __forceinline__ void send_result(const WorkTile& tile, const Output& 
 
 __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, const Buffers& buffers) {
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
-    const uint32_t probs_smem = shared_address(buffers.more) + 2 * PROBS_BYTES * warpgroup;                   // P, and what rounding it lost
-    float2* exchanges = reinterpret_cast<float2*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);      // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS / 2]
-    float2* max_exchange = exchanges + 4 * WARPGROUP_ROWS * warpgroup;
-    float2* sum_exchange = max_exchange + 2 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
-    float* carried = reinterpret_cast<float*>(exchanges + 4 * TILE_M);  // [OUTPUT_REGISTERS, CONSUMER_THREADS]; CLUSTER: results that are sent here
+    const uint32_t probs_smem = shared_address(buffers.more) + 2 * PROBS_BYTES * warpgroup;  // P, and what rounding it lost
+    float* exchanges = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);  // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS]
+    float* max_exchange = exchanges + 8 * WARPGROUP_ROWS * warpgroup;
+    float* sum_exchange = max_exchange + 4 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
+    float* carried = exchanges + 8 * TILE_M;  // [OUTPUT_REGISTERS, CONSUMER_THREADS]; CLUSTER: results that are sent here
     float2* sent_states = reinterpret_cast<float2*>(carried + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS);  // CLUSTER: and the states of their rows
     const int columns_of_rank = CLUSTER ? 64 * SLABS_V / cluster_size() : 0;
     Ring<TILE_SLOTS> slot_ring;
@@ -291,21 +310,21 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             issue_output(output, probs_smem, buffers.v + v_ring.stage() * V_BYTES);
             if (few_keys) issue_output(output, probs_smem + PROBS_BYTES, buffers.v + v_ring.stage() * V_BYTES);
         };
-        const auto finish_scores = [&] {
-            wgmma_wait<0>();
-#pragma unroll
-            for (int t = 0; t < KEY_TILES; ++t) pin(scores[t]);
-            if (signals) mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
-            ++k_ring.count;
-        };
         const auto finish_output = [&] {
             wgmma_wait<0>();
             pin(output);
             if (signals) mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
             ++v_ring.count;
         };
-        const auto softmax = [&](int block) {
+        int block = blocks.end - 1;
+        const auto begin_softmax = [&] {  // once the scores are there
+            pin(scores);
+            if (signals) mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
+            ++k_ring.count;
             if (block >= blocks.full_end || block < blocks.full_begin) mask_scores(scores, mask, tile.first_row, block * TILE_N);
+            find_max(scores, states, max_exchange);
+        };
+        const auto finish_softmax = [&] {
             exponentiate(scores, states, output, max_exchange, args.scale_log2);
             store_probs(scores, probs_smem);  // nobody reads the block's before any more: all have met in exponentiate()
             if (few_keys) {
@@ -316,21 +335,23 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             named_barrier_sync(warpgroup_barrier(), 128);
         };
         if (blocks.begin < blocks.end) {  // a split may have no key that the tile sees
-            int block = blocks.end - 1;
             start_scores();
-            finish_scores();
-            softmax(block);
+            wgmma_wait<0>();
+            begin_softmax();
+            finish_softmax();
 #pragma unroll 1
             for (--block; block >= blocks.begin; --block) {
                 start_scores();
                 start_output();
-                finish_scores();
+                wgmma_wait<1>();
+                begin_softmax();  // under the output of the block before
                 finish_output();
-                softmax(block);
+                finish_softmax();
             }
             start_output();
             finish_output();
-            over_keys(states.sum, sum_exchange, Sum());
+            over_keys_of_warp(states.sum, sum_exchange, Sum());
+            over_keys_of_warpgroup(states.sum, sum_exchange, Sum());
         }
         if (tile.split == tile.run_end - 1) {
             if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
