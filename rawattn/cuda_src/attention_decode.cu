@@ -8,7 +8,7 @@
 // The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is key, or column of V, 16 * warp + lane / 4 + 8 * (i / 2 % 2) and
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
-constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4, QK_STEPS = (HEAD_DIM + 15) / 16;
+constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4, COLUMNS_OF_THREAD = 2 * SLABS_V, QK_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
 constexpr int RESULTS_IN_FLIGHT = TASKS_IN_FLIGHT == 1 ? 8 : 6;
 constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
@@ -179,8 +179,8 @@ __device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_T
     float rescale[ROWS_OF_THREAD], offset[ROWS_OF_THREAD];
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        rescale[r] = rescale_factor(states.max[r], max[r], scale_log2);
         offset[r] = exponent_offset(max[r], scale_log2);
+        rescale[r] = exp2_approx(exponent_shift(states.max[r], scale_log2) - offset[r]);  // 1 if it did not move; 0 changes nothing before the first key
         states.max[r] = max[r];
         states.sum[r] *= rescale[r];
     }
@@ -241,31 +241,48 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 
 __device__ __forceinline__ int paired_rows(const WorkTile& tile) { return (existing_rows(tile) + 1) / 2 * 2; }
 
-// CLUSTER: what the CTAs send each other. Each gets, of every split, those columns that it combines, and the states of all rows; rows in pairs.
-struct Results {
-    uint32_t outs, states, barrier;  // [splits, columns, rows], [splits, rows] float2 and the mbarrier: at the same place in each CTA
-    int rows, columns;               // of all CTAs as many, in the last one perhaps some beyond Dv
+// CLUSTER: where a thread sends its part of a split's result. Each CTA gets, of every split, those columns that it combines, as [splits, columns, rows],
+// and the states of all rows, [splits, rows]; rows in pairs, columns of all CTAs as many, in the last one perhaps some beyond Dv. Found while
+// the first keys are on their way.
+struct ResultAddresses {
+    uint32_t outs[COLUMNS_OF_THREAD], outs_barriers[COLUMNS_OF_THREAD];
+    uint32_t states, states_barrier;
+    int rows;
+
+    // `outs_here`, `states_here` and the mbarrier are at the same place in each CTA.
+    __device__ __forceinline__ ResultAddresses(const WorkTile& tile, const void* outs_here, const void* states_here, uint32_t barrier, int columns_of_rank)
+        : rows(paired_rows(tile)) {
+        const int split = tile.split;
+#pragma unroll
+        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
+            const int column = output_column(register_of_column(c)), rank = column * cluster_size() / (64 * SLABS_V);
+            outs[c] = shared_address_of(shared_address(outs_here), rank) + 4 * ((split - rank) * columns_of_rank + column) * rows;
+            outs_barriers[c] = shared_address_of(barrier, rank);
+        }
+        states = shared_address_of(shared_address(states_here), min(told_rank(), cluster_size() - 1)) + 8 * split * rows;
+        states_barrier = shared_address_of(barrier, min(told_rank(), cluster_size() - 1));
+    }
+
+    // All lanes of a row know its state, and each tells one CTA.
+    static __device__ __forceinline__ int told_rank() { return threadIdx.x % 128 / 4; }
+    // The first of the thread's registers of its column c; those of other rows follow in fours.
+    static __device__ __forceinline__ int register_of_column(int c) { return c / 2 * REGISTERS + c % 2 * 2; }
 };
 
-__device__ __forceinline__ void send_result(const WorkTile& tile, const Output& output, const RowStates<ROWS_OF_THREAD>& states, const Results& results) {
+__device__ __forceinline__ void send_result(const ResultAddresses& to, const Output& output, const RowStates<ROWS_OF_THREAD>& states) {
 #pragma unroll
-    for (int i = 0; i < OUTPUT_REGISTERS; i += 2) {
-        if (i % REGISTERS >= 4) continue;  // more rows of the same column, below
-        const int column = output_column(i), rank = column * cluster_size() / (64 * SLABS_V);
-        if (column >= HEAD_DIM_V) continue;
-        const uint32_t to = shared_address_of(results.outs, rank) + 4 * ((tile.split - rank) * results.columns + column) * results.rows;
-        const uint32_t barrier = shared_address_of(results.barrier, rank);
+    for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
+        const int first = to.register_of_column(c);
+        if (output_column(first) >= HEAD_DIM_V) continue;
 #pragma unroll
         for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
-            if (tile_row(r) < results.rows) store_cluster_8(to + 4 * tile_row(r), output[i + 2 * r], output[i + 2 * r + 1], barrier);
+            if (tile_row(r) < to.rows) store_cluster_8(to.outs[c] + 4 * tile_row(r), output[first + 2 * r], output[first + 2 * r + 1], to.outs_barriers[c]);
         }
     }
-    const int told = threadIdx.x % 128 / 4;  // all lanes of a row know its state, and each tells one CTA
-    if (told < cluster_size()) {
-        const uint32_t to = shared_address_of(results.states, told) + 8 * tile.split * results.rows, barrier = shared_address_of(results.barrier, told);
+    if (to.told_rank() < cluster_size()) {
 #pragma unroll
         for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-            if (tile_row(r) < results.rows) store_cluster_8(to + 8 * tile_row(r), states.max[r], states.sum[r], barrier);
+            if (tile_row(r) < to.rows) store_cluster_8(to.states + 8 * tile_row(r), states.max[r], states.sum[r], to.states_barrier);
         }
     }
 }
@@ -283,6 +300,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
     Ring<Q_STAGES> q_ring;
     Ring<STAGES> k_ring, v_ring;
     RowStates<ROWS_OF_THREAD> carried_states;
+    if constexpr (CLUSTER) cluster_wait();  // results may be sent to all from here on
     while (true) {
         const uint32_t slot = slot_ring.stage();
         mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
@@ -294,6 +312,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         // Rounding P to 16 bits is harmless where many keys average it out. Sequences whose first query has few keys add what the rounding lost.
         const bool few_keys = mask.end(0) - mask.begin(0) <= FEW_KEYS;
 
+        const ResultAddresses addresses(tile, carried, sent_states, buffers.barriers + RESULTS_FULL, columns_of_rank);
         Scores scores;
         Output output;
 #pragma unroll
@@ -349,9 +368,9 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 finish_softmax();
             }
             start_output();
-            finish_output();
             over_keys_of_warp(states.sum, sum_exchange, Sum());
             over_keys_of_warpgroup(states.sum, sum_exchange, Sum());
+            finish_output();
         }
         if (tile.split == tile.run_end - 1) {
             if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
@@ -360,8 +379,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         bool is_whole = tile.splits == 1;
         if (!is_whole) {
             if constexpr (CLUSTER) {
-                if (tile.split == tile.run_begin) cluster_wait();
-                send_result(tile, output, states, {shared_address(carried), shared_address(sent_states), buffers.barriers + RESULTS_FULL, paired_rows(tile), columns_of_rank});
+                send_result(addresses, output, states);
             } else {
                 is_whole = join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last);
             }

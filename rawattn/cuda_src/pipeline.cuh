@@ -305,6 +305,7 @@ __device__ __forceinline__ int splits_of_a_rank(int splits) { return splits > cl
 // split's in the run; otherwise as TileList.
 struct RunOfSplits {
     Sequence seq;
+    Places own;
     int batch, m_block, head;
     int count;  // of the run
 
@@ -315,13 +316,13 @@ struct RunOfSplits {
         m_block = divide(cluster_index() - batch * tiles, args.heads);
         head = cluster_index() - batch * tiles - m_block * args.heads;
         seq = sequence(args, batch);
+        own = sequence_places(args, seq);  // here, since some of it needs no length and runs while that is on its way
     }
 
     __device__ __forceinline__ int begin(const Arguments&, const int*) { return 0; }
 
     __device__ __forceinline__ int find(const Arguments& args, int place, const WorkTile& last, WorkTile& tile) {
         if (place == 0) {
-            const Places own = sequence_places(args, seq);
             const int run = splits_of_a_rank(own.splits), begin = cluster_rank() * run;
             count = min(own.splits - begin, run);
             if (threadIdx.x % 32 == 0) {

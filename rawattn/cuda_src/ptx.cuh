@@ -19,7 +19,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes the initialised barriers visible to the TMA unit (fence.mbarrier_init, 9.7.13.4).
+// Makes the initialised barriers visible to the TMA unit and to the cluster (fence.mbarrier_init, 9.7.13.4).
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -142,9 +142,13 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 
 // ---- memory order ----
 
-// Orders what this thread, and those that it has met at a barrier, did in global memory before with what others do after they have seen it
-// (fence, 9.7.13.4); cheaper than __threadfence(), which is sequentially consistent.
-__device__ __forceinline__ void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Adds to a counter and returns what it was. Who finds another's addition in it sees what that thread, and those that it had met at a barrier, did in
+// global memory before (atom, 9.7.13.5).
+__device__ __forceinline__ int add_and_meet(int* counter, int number) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(number) : "memory");
+    return before;
+}
 
 // ---- programmatic dependent launch (griddepcontrol, 9.7.13.13) ----
 
@@ -179,8 +183,9 @@ __device__ __forceinline__ int cluster_size() {
     return size;
 }
 
-// barrier.cluster (9.7.13.3): who has waited may use what threads of the cluster wrote to shared memory before they arrived. All threads arrive, or end.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// barrier.cluster (9.7.13.3): who has waited may use the shared memory of the cluster's CTAs and the barriers that they made visible before they arrived.
+// All threads arrive, or end. Relaxed, since a release would be a fence of all memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 

@@ -143,11 +143,9 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
     const int own_barrier = 1 + CONSUMER_WARPGROUPS + warpgroup, arriving = tile.run_end - tile.run_begin;
     named_barrier_sync(own_barrier, 128);
     if (threadIdx.x % 128 == 0) {
-        gpu_fence();  // for all, whose stores the barrier has put before it
         int* arrived = args.arrivals + tile.slot * CONSUMER_WARPGROUPS + warpgroup;
-        is_last[warpgroup] = atomicAdd(arrived, arriving) + arriving == tile.splits;
+        is_last[warpgroup] = add_and_meet(arrived, arriving) + arriving == tile.splits;
         if (is_last[warpgroup]) *arrived = 0;
-        gpu_fence();
     }
     named_barrier_sync(own_barrier, 128);
     carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
