@@ -310,6 +310,8 @@ struct RunOfSplits {
     int count;  // of the run
 
     __device__ __forceinline__ void prepare(const Arguments& args, int*, int warp) {
+        const int first_of_lane = 32 * (threadIdx.x % 32);  // of all lengths, asked for before warp 0 knows which one it needs
+        if (warp == 2 && args.cache_seqlens != nullptr && first_of_lane < args.batch) prefetch_global(args.cache_seqlens + first_of_lane);
         if (warp != 0) return;
         const int tiles = (args.seqlen_q * PACK + TILE_ROWS - 1) / TILE_ROWS * args.heads;
         batch = divide(cluster_index(), tiles);
@@ -471,7 +473,7 @@ __device__ __forceinline__ void produce(const Arguments& args, List& list, const
         mbarrier_wait(buffers.barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
         const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
-        const WorkTile& tile = buffers.tile_slots[slot];
+        typename Either<TRANSPOSED, const WorkTile, const WorkTile&>::type tile = buffers.tile_slots[slot];  // a copy, where there are registers for it
         if (VARLEN && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
         if (tile.first_row < 0) break;
         KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
