@@ -448,7 +448,8 @@ APPEND_ARGUMENTS = np.dtype(
         *((name, "u8") for name in _APPEND_POINTERS),
         ("page_table_stride", "i8"),
         *((name, "i4") for name in _APPEND_SIZES),
-    ]
+    ],
+    align=True,
 )
 APPEND_THREADS = 128
 

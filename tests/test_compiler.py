@@ -1,4 +1,4 @@
-"""The JIT without a GPU: cache key, cache files under races, kills and strangers, switches, environment errors."""
+"""The JIT without a GPU: cache key, cache files under races, kills and strangers, switches, environment errors; and how arguments lie."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from rawattn import compiler
 from rawattn.compiler import CompileError, CompileReport, UnsupportedEnvironment
+from rawattn.launch import APPEND_ARGUMENTS, ARGUMENTS
 from rawattn.spec import KernelSpec
 
 SPEC = KernelSpec("bfloat16", 128, 128, 4, "causal")
@@ -451,3 +453,36 @@ def test_missing_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_import_leaves_cupy_alone() -> None:
     code = "import sys, rawattn.compiler; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def struct_layout(file: str) -> tuple[list[tuple[int, int]], int]:
+    """(offset, size) of the members of a kernel's struct Arguments, and its size, by the rules of C."""
+    text = re.sub(r"//.*", "", (compiler.CUDA_SRC / file).read_text())
+    body = re.search(r"struct Arguments \{(.*?)\};", text, re.S)
+    assert body
+    sizes = {"TensorMap": (128, 64), "Rows": (32, 8), "long long": (8, 8), "int": (4, 4), "unsigned": (4, 4), "float": (4, 4)}
+    members, end, largest = [], 0, 1
+    for kind, names in re.findall(r"((?:const )?(?:long long|\w+)\*?) ([\w, ]+);", body[1]):
+        size, alignment = (8, 8) if kind.endswith("*") else sizes[kind]
+        largest = max(largest, alignment)
+        for _ in names.split(","):
+            end = -(-end // alignment) * alignment
+            members.append((end, size))
+            end += size
+    return members, -(-end // largest) * largest
+
+
+@pytest.mark.parametrize("file, dtype", [("append_kv.cu", APPEND_ARGUMENTS), ("pipeline.cuh", ARGUMENTS)], ids=["append_kv", "attention"])
+def test_the_host_lays_arguments_out_as_the_kernel_reads_them(file: str, dtype: np.dtype) -> None:
+    members, size = struct_layout(file)
+    assert dtype.fields is not None and dtype.names is not None
+    starts = []
+    for field, offset, *_ in dtype.fields.values():
+        if field.fields is None and field.shape:  # an array of what are members of their own in the struct
+            starts += range(offset, offset + field.itemsize, field.base.itemsize)
+        else:
+            starts.append(offset)
+    kept = [offset for offset, size in members if size != 128]  # the tensor maps are one field
+    assert sorted(starts)[dtype.names[0] == "maps" :] == kept
+    assert dtype.itemsize == size
+    assert size % 8 == 0  # the host reaches pointers as 64-bit words
