@@ -476,7 +476,7 @@ def struct_layout(file: str) -> tuple[list[tuple[int, int]], int]:
 def test_the_host_lays_arguments_out_as_the_kernel_reads_them(file: str, dtype: np.dtype) -> None:
     members, size = struct_layout(file)
     assert dtype.fields is not None and dtype.names is not None
-    starts = []
+    starts: list[int] = []
     for field, offset, *_ in dtype.fields.values():
         if field.fields is None and field.shape:  # an array of what are members of their own in the struct
             starts += range(offset, offset + field.itemsize, field.base.itemsize)
