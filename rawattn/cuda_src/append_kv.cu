@@ -114,6 +114,10 @@ extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
     Chunk<4> own = {}, partner = {};  // on their way while the lengths are
     if (column < columns) own = load(from);
     if (has_partner) partner = load(from + 2 * half);
+    if (column < rotary_dim) {  // finds the pages of the tables, of which the length says the row
+        prefetch_global(args.cos);
+        prefetch_global(args.sin);
+    }
 
     const int batch = is_packed ? sequence_of(args, row) : array_batch;
     if (is_packed && row >= args.cu_seqlens_q[batch + 1]) return;
