@@ -313,8 +313,9 @@ def heads_per_group(spec: KernelSpec, batch: int, kv_heads: int, keys: int) -> i
     size = min(max(GROUP_BYTES_OF_KEY * keys, least), most)
     total = batch * kv_heads
     heads = min(max(1, size // (2 * spec.gqa_ratio * keys * (spec.head_dim + spec.head_dim_v))), total)
-    for n in range(heads, (heads - 1) // 2, -1):
-        if total % n == 0 and (n % kv_heads == 0 or kv_heads % n == 0):
+    step, whole = (kv_heads, total) if heads >= kv_heads else (1, kv_heads)
+    for n in range(heads - heads % step, (heads - 1) // 2, -step):
+        if whole % n == 0:
             return n * spec.gqa_ratio
     return -(-total // -(-total // heads)) * spec.gqa_ratio
 

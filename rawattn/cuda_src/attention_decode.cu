@@ -243,7 +243,7 @@ __device__ __forceinline__ int paired_rows(const WorkTile& tile) { return (exist
 
 // CLUSTER: where a thread sends its part of a split's result. Each CTA gets, of every split, those columns that it combines, as [splits, columns, rows],
 // and the states of all rows, [splits, rows]; rows in pairs, columns of all CTAs as many, in the last one perhaps some beyond Dv. Found while
-// the first keys are on their way.
+// the first keys are on their way. (Without CLUSTER nobody sends, and the compiler drops it.)
 struct ResultAddresses {
     uint32_t outs[COLUMNS_OF_THREAD], outs_barriers[COLUMNS_OF_THREAD];
     uint32_t states, states_barrier;
@@ -259,8 +259,9 @@ struct ResultAddresses {
             outs[c] = shared_address_of(shared_address(outs_here), rank) + 4 * ((split - rank) * columns_of_rank + column) * rows;
             outs_barriers[c] = shared_address_of(barrier, rank);
         }
-        states = shared_address_of(shared_address(states_here), min(told_rank(), cluster_size() - 1)) + 8 * split * rows;
-        states_barrier = shared_address_of(barrier, min(told_rank(), cluster_size() - 1));
+        const int told = min(told_rank(), cluster_size() - 1);
+        states = shared_address_of(shared_address(states_here), told) + 8 * split * rows;
+        states_barrier = shared_address_of(barrier, told);
     }
 
     // All lanes of a row know its state, and each tells one CTA.
