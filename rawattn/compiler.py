@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .spec import AppendSpec, KernelSpec
-from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, small_tiles, tile_for, tile_rows
+from .tiles import CONTROL_BYTES, MAX_SPLITS, SPLITS_OF_A_SEQUENCE, tile_for
 
 CUDA_SRC = Path(__file__).parent / "cuda_src"
 ARCHITECTURE = "sm_90a"  # the "a" unlocks WGMMA and setmaxnreg; such a cubin runs on compute capability 9.0 alone
@@ -85,13 +85,10 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "PRODUCER_REGISTERS": producer_registers,
         "CONSUMER_REGISTERS": consumer_registers,
         "PACK": spec.pack,
-        "COUNTED_PACK": small_tiles(spec).pack,
-        "COUNTED_ROWS": tile_rows(small_tiles(spec)),
         "SPLIT": spec.split_rows > 0,
         "CLUSTER": spec.cluster,
         "SPLITS_OF_A_SEQUENCE": SPLITS_OF_A_SEQUENCE,
         "FEWEST_SPLITS": tile.fewest_splits,
-        "FEW_TILES": tile.few_tiles,
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
         "PAGE_ROWS": spec.page_rows,
@@ -387,17 +384,19 @@ def store(name: str, data: bytes) -> None:
 # ---- cubin -> kernel
 
 
-def load(spec: KernelSpec | AppendSpec) -> Any:
+def load(spec: KernelSpec | AppendSpec, before_cluster: bool = False) -> Any:
     """The kernel of `spec` on the current device, a cupy.cuda.function.Function ready for its dynamic shared memory.
+
+    An append_kv `before_cluster` runs beside an attention in clusters, which could not start on an SM that has its memory as L1 cache.
 
     Call it as kernel(grid, block, args, shared_mem=tile_for(spec).shared_memory_bytes(spec)). A second call is a dictionary look-up.
     Raises UnsupportedEnvironment, with the remedy, or CompileError.
     """
-    return _load(spec, current_device())
+    return _load(spec, before_cluster, current_device())
 
 
 @functools.cache
-def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
+def _load(spec: KernelSpec | AppendSpec, before_cluster: bool, device: int) -> Any:
     check_gpu(device)
     cupy = _cupy()
     driver, module = cupy.cuda.driver, cupy.cuda.function.Module()
@@ -418,6 +417,8 @@ def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
         driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
         if spec.cluster:
             driver.funcSetAttribute(kernel.ptr, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+    elif before_cluster:
+        driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     return kernel
 
 

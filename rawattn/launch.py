@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, tile_for, tile_rows, tiles_of_sequence
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, small_tiles, tile_for, tile_rows, tiles_of_sequence
 
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
@@ -27,9 +27,9 @@ POINTERS = (
 ARGUMENTS = np.dtype(
     {
         "names": ["maps", *POINTERS, "out_strides", "lse_batch_stride", "page_table_stride", "sizes", "new_keys", "mask", "heads_per_group",
-                  "page_size", "partial_rows", "most_splits", "scale_log2"],
-        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4"],
-        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568],
+                  "page_size", "partial_rows", "most_splits", "scale_log2", "loads_ahead"],
+        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4", "i4"],
+        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568, 572],
         "itemsize": 576,
     }
 )  # fmt: skip
@@ -62,6 +62,9 @@ def _make_context_current() -> None:
     runtime.setDevice(runtime.getDevice())
 
 
+Grid = tuple[int, int, int]  # CTAs
+
+
 class _BoundKernel:
     """A kernel with all that a launch needs but the stream. Its argument is a struct in host memory, taken as it is at the launch.
 
@@ -71,7 +74,7 @@ class _BoundKernel:
     """
 
     def __init__(
-        self, kernel: Any, grid: int, threads: int, shared_memory: int, argument: np.ndarray, overlaps: bool = False, cluster: int = 0
+        self, kernel: Any, grid: Grid, threads: int, shared_memory: int, argument: np.ndarray, overlaps: bool = False, cluster: int = 0
     ):
         from cupy.cuda import driver, runtime
 
@@ -84,7 +87,7 @@ class _BoundKernel:
         if attributes:
             self._launch = _launch_with(attributes, kernel.ptr, grid, threads, shared_memory)
         else:
-            self._launch = functools.partial(driver.launchKernel, kernel.ptr, grid, 1, 1, threads, 1, 1, shared_memory)
+            self._launch = functools.partial(driver.launchKernel, kernel.ptr, *grid, threads, 1, 1, shared_memory)
         self._error = driver.CUDADriverError
 
     def launch(self, stream: int) -> None:
@@ -109,14 +112,14 @@ class _LaunchConfig(ctypes.Structure):
     ]
 
 
-def _launch_config(attributes: list[tuple[int, ...]], grid: int, threads: int, shared_memory: int) -> tuple[_LaunchConfig, Any]:
+def _launch_config(attributes: list[tuple[int, ...]], grid: Grid, threads: int, shared_memory: int) -> tuple[_LaunchConfig, Any]:
     """A launch with attributes, each an id and its value's words; and what must live as long."""
     kept = (_LaunchAttribute * len(attributes))(*[_LaunchAttribute(number, 0, *value) for number, *value in attributes])
-    return _LaunchConfig((grid, 1, 1, threads, 1, 1, shared_memory), None, ctypes.addressof(kept), len(kept)), kept
+    return _LaunchConfig((*grid, threads, 1, 1, shared_memory), None, ctypes.addressof(kept), len(kept)), kept
 
 
 def _launch_with(
-    attributes: list[tuple[int, ...]], function: int, grid: int, threads: int, shared_memory: int
+    attributes: list[tuple[int, ...]], function: int, grid: Grid, threads: int, shared_memory: int
 ) -> Callable[[int, int, int], None]:
     """driver.launchKernel with these and with launch attributes, which CuPy has no function for."""
     from cupy.cuda import driver
@@ -139,7 +142,7 @@ def _are_at_once(spec: KernelSpec, tiles: int, cluster: int) -> bool:
     function, tile = load(spec).ptr, tile_for(spec)
     _make_context_current()  # for the query, as for a launch
     number = ctypes.c_int()
-    config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], cluster, tile.threads, tile.shared_memory_bytes(spec))
+    config, _kept = _launch_config([(_CLUSTER_DIMENSION, cluster, 1, 1)], (cluster, 1, 1), tile.threads, tile.shared_memory_bytes(spec))
     _driver("cuOccupancyMaxActiveClusters")(ctypes.byref(number), ctypes.c_void_p(function), ctypes.byref(config))
     return tiles <= number.value
 
@@ -336,13 +339,14 @@ class Plan:
     q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
     Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
     `lengths` names the arrays that launch() is given after q, k and v, among POINTERS. It `overlaps` the append_kv that is launched right
-    before it.
+    before it, which may have written q as well (`q_is_rotated`).
     """
 
     def __init__(
         self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
         batch: int, left: int, right: int, bottom_right: bool, scale: float,
         lengths: Sequence[str] = (), capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0, overlaps: bool = False,
+        q_is_rotated: bool = False,
     ):  # fmt: skip
         import cupy
 
@@ -350,7 +354,8 @@ class Plan:
         multiprocessors = device.attributes["MultiProcessorCount"]
         rows_q, heads, _ = q.shape[-3:]
         rows_k = k.shape[-3] if capacity is None else capacity
-        spec, cluster = launch_variant(spec, batch, rows_q, heads, rows_k, multiprocessors, _are_at_once)
+        spec, self.cluster = launch_variant(spec, batch, rows_q, heads, rows_k, multiprocessors, _are_at_once)
+        cluster = self.cluster
         tile = tile_for(spec)
 
         # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
@@ -376,13 +381,15 @@ class Plan:
         # Where only the device knows the lengths, an upper bound.
         tiles = of_a_sequence + batch * (heads // spec.pack) if ragged else of_a_sequence * batch
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
-        places, share = tiles + multiprocessors, 0
+        places, share, largest = tiles + multiprocessors, 0, of_a_sequence
         if spec.split_rows:
-            places, of_a_sequence = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS), of_a_sequence * MAX_SPLITS
+            places, largest = tiles * (-(-rows_k // tile.tile_n) + MAX_SPLITS), of_a_sequence * MAX_SPLITS
             share = -(-places // max(ctas, 1))
-        if places >= PLACES_LIMIT or (spec.varlen and max(of_a_sequence, share) >= QUOTIENT_LIMIT):
+        if places >= PLACES_LIMIT or (spec.varlen and max(largest, share) >= QUOTIENT_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows(spec)} rows, and k {rows_k} rows; needed: fewer")
-        self._kernel = _BoundKernel(load(spec), ctas, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
+        packs = heads // spec.pack
+        of_kernel = (cluster * of_a_sequence // packs, packs, batch) if cluster else (ctas, 1, 1)
+        self._kernel = _BoundKernel(load(spec), of_kernel, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
 
         fields = block.view(ARGUMENTS)[0]
         fields["out_strides"] = (0 if ragged else out.strides[0], out.strides[-3], out.strides[-2])
@@ -394,17 +401,20 @@ class Plan:
         fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
+        if not (page_table_stride or {"cache_batch_idx", "cache_leftpad"} & set(lengths) or spec.mask == "window"):
+            fields["loads_ahead"] = 1 if q_is_rotated else 2  # nothing but the length says where the first keys are
 
         self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None
         self._counters: _TileCounters | None = None
         self.workspace_bytes = 0
+        counted = tiles_of_sequence(small_tiles(spec), rows_q, heads) if tile.transposed else heads // spec.pack
+        fields["most_splits"] = most_splits = tile.most_splits(counted)
         if cluster:
             return  # splits meet in shared memory
         if spec.split_rows:
             partial_rows = min(tile_rows(spec), rows_q * spec.pack)
             fields["partial_rows"] = partial_rows
-            fields["most_splits"] = most_splits = tile.most_splits(heads // spec.pack)
             states = ctas * most_splits * partial_rows
             self._outs_offset = ARRIVALS_BYTES + 32 * states
             self.workspace_bytes = self._outs_offset + 4 * spec.head_dim_v * states
@@ -479,7 +489,7 @@ class CachePlan:
         self._attention = Plan(
             spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale,
             lengths=self._lengths, capacity=capacity, new_keys=0 if not appends else -1 if ragged else q.shape[1],
-            page_table_stride=page_table_stride, overlaps=appends,
+            page_table_stride=page_table_stride, overlaps=appends, q_is_rotated=bool(cos),
         )  # fmt: skip
         self._append: _BoundKernel | None = None
         if not appends:
@@ -506,7 +516,8 @@ class CachePlan:
         tasks = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
         if tasks >= 1 << 32:
             raise ValueError(f"k has shape {views['k'].shape}: {tasks} heads to write, with those of q; needed: under 2^32")
-        self._append = _BoundKernel(load(AppendSpec(q.dtype)), -(-tasks * lanes // APPEND_THREADS), APPEND_THREADS, 0, block)
+        kernel = load(AppendSpec(q.dtype), before_cluster=self._attention.cluster > 0)
+        self._append = _BoundKernel(kernel, (-(-tasks * lanes // APPEND_THREADS), 1, 1), APPEND_THREADS, 0, block)
         import cupy
 
         self._workspaces, self._rotated_q_offset = _workspaces(cupy.cuda.Device().id), 0

@@ -91,8 +91,8 @@ class Tile:
         if self.transposed:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
             floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
-            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried, and the maxima and sums of all
-                floats += SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS
+            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried; the states of all, and what they come to
+                floats += SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS + 4
         else:
             floats = spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
@@ -203,9 +203,12 @@ def cache_spec(
     return replace(spec, page_rows=math.gcd(page_size, tile_for(spec).tile_n)) if page_size else spec
 
 
-def blocks_of_a_split(tile: Tile, tiles: int, blocks: int) -> int:
-    """Where keys are split: how many of the `blocks` of keys of a sequence each split of its `tiles` has, as Places::split says."""
-    return max(-(-blocks // tile.most_splits(tiles)), min(tile.least_blocks, max(1, -(-blocks // 4))))
+def splits_of_a_tile(tile: Tile, tiles: int, blocks: int) -> int:
+    """Into how many splits the `blocks` of keys of a sequence are cut for each of its `tiles`, as Places of the kernel says."""
+    most = tile.most_splits(tiles)
+    if tile.transposed:
+        return max(1, min(most, max(min(blocks, 4), -(-blocks // tile.least_blocks))))
+    return max(1, -(-blocks // max(1, -(-blocks // most))))
 
 
 def small_tiles(spec: KernelSpec) -> KernelSpec:
@@ -235,8 +238,7 @@ def cluster_size(spec: KernelSpec, tiles: int, counted: int, keys: int, multipro
     the device knows, have no say; its splits are counted by `counted` tiles (small_tiles).
     """
     tile = tile_for(spec)
-    blocks = -(-keys // tile.tile_n)  # at most; fewer have no more splits than these, by blocks_of_a_split:
-    splits = min(tile.most_splits(counted), max(1, min(blocks, 4), -(-blocks // tile.least_blocks)))
+    splits = splits_of_a_tile(tile, counted, -(-keys // tile.tile_n))  # fewer keys have no more
     most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:

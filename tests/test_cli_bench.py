@@ -25,7 +25,7 @@ from rawattn.checks import window_bounds
 from rawattn.cli import bench, check, explain, main, peers, plots, timing
 from rawattn.cli.shapes import Shape
 from rawattn.spec import KernelSpec
-from rawattn.tiles import blocks_of_a_split, tile_for
+from rawattn.tiles import splits_of_a_tile, tile_for
 
 CEILINGS = {"matmul_tflops": 1e-3, "read_gbps": 2.0, "null_graph_us": 2.5}
 COMMANDS = (["bench", "prefill"], ["bench", "decode"], ["bench", "overhead"], ["bench", "coldstart"], ["explain"])
@@ -541,10 +541,10 @@ def test_explain_of_a_paged_decode_shows_packed_heads_and_splits(no_gpu: None, c
     tile = tile_for(spec)
     assert compiles == [spec] and lines["call"] == "bf16 32/8 D128 B2 S1/4096 causal pages of 48"
     assert lines["tile"].startswith(f"8 rows, 2 queries of 4 heads each, x {tile.tile_n} keys")
-    split = blocks_of_a_split(tile, 8, 4096 // tile.tile_n) * tile.tile_n  # a tile for each KV head
-    assert lines["splits"].startswith(f"of {split} keys") and lines["pages"] == "of 48 keys, 16 loaded at a time"
+    splits = splits_of_a_tile(tile, 8, 4096 // tile.tile_n)  # a tile for each KV head
+    assert lines["splits"].startswith(f"of {4096 // splits} keys") and lines["pages"] == "of 48 keys, 16 loaded at a time"
     assert lines["grid"].startswith("128 CTAs, 8 a cluster, on 132 SMs")
-    assert f"16 tiles of {-(-4096 // split)} splits" in lines["grid"]
+    assert f"16 tiles of {splits} splits" in lines["grid"]
     assert lines["predicted bound"].startswith("memory, 3,350 GB/s")
 
 

@@ -44,11 +44,12 @@ def child(before: str) -> subprocess.Popen[str]:
 
 
 def test_source_is_self_contained_and_includes_each_header_once() -> None:
-    text = compiler.source(SPEC)
-    assert "#include" not in text and "#pragma once" not in text
-    headers = sorted(path.name for path in compiler.CUDA_SRC.glob("*.cuh"))
-    assert headers and all(text.count(f'#line 1 "{name}"') == 1 for name in headers)
-    assert re.search(r'extern "C" __global__.*\battention_forward\(', text)
+    headers = {path.name for path in compiler.CUDA_SRC.glob("*.cuh")}
+    for spec, others in ((SPEC, {"cluster.cuh"}), (KernelSpec("bfloat16", 128, 128, 4, "full", True, 8), set())):
+        text = compiler.source(spec)
+        assert "#include" not in text and "#pragma once" not in text
+        assert all(text.count(f'#line 1 "{name}"') == (name not in others) for name in headers)
+        assert re.search(rf'extern "C" __global__.*\b{Path(compiler.main_file(spec)).stem}\(', text)
 
 
 @pytest.mark.parametrize("a_in_registers", [False, True])

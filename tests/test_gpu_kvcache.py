@@ -338,13 +338,15 @@ def decode_step(decode: str, page_size: int | None) -> dict[str, Any]:
     return make(decode, list(DECODE_LENGTHS), rows, append=False, page_size=page_size, capacity=max(DECODE_LENGTHS))
 
 
-def selected(call: dict[str, Any], sequences: list[int], capacity: int | None = None) -> dict[str, Any]:
-    """The call of some of its sequences, which may repeat, on the same rows or pages; of no more than `capacity` keys each."""
+def selected(call: dict[str, Any], sequences: list[int], capacity: int | None = None, copied: bool = False) -> dict[str, Any]:
+    """The call of some of its sequences, which may repeat, on the same or copied rows, or pages; of no more than `capacity` keys each."""
     index = device_ints(sequences)
     some = call | {name: call[name][index] for name in ("q", "cache_seqlens")}
     if "page_table" in call:
         columns = None if capacity is None else -(-capacity // call["k_cache"].shape[1])
         return some | {"page_table": cp.ascontiguousarray(call["page_table"][index, :columns])}
+    if copied:
+        return some | {name: call[name][index, :capacity] for name in ("k_cache", "v_cache")}
     return some | {"cache_batch_idx": index} | {name: call[name][:, :capacity] for name in ("k_cache", "v_cache")}
 
 
@@ -356,7 +358,7 @@ def poisoned_out(call: dict[str, Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("decode", DECODES)
 def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_size: int | None) -> None:
-    """Each ten times, on a cache with room for the longest and on one that just holds its own."""
+    """Ten times each, in a cache with room for the longest and in one that just holds its own; copied rows are loaded before the length."""
     call = decode_step(decode, page_size)
     right, right_lse = assert_right(call)
     alone, few, many = [[b] for b in EVERYONE], [[b, (b + 3) % 8, (b + 5) % 8] for b in EVERYONE], [8 * EVERYONE, 9 * EVERYONE]
@@ -364,8 +366,9 @@ def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_
     assert all(clusters(selected(call, sequences)) == 0 for sequences in many)
     for sequences in [*alone, *few, *many]:
         longest = max(DECODE_LENGTHS[b] for b in sequences)
-        for capacity in (None, max(1, longest)):
-            some = selected(call, sequences, capacity)
+        ways = (False, True) if page_size is None and len(sequences) < 8 else (False,)
+        for capacity, copied in itertools.product((None, max(1, longest)), ways):
+            some = selected(call, sequences, capacity, copied)
             results = []
             for _ in range(10):
                 out, memory = poisoned_out(some)
@@ -373,6 +376,22 @@ def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_
             for out, memory, lse in results:
                 assert same_bits(out, right[sequences]) and same_bits(lse, right_lse[sequences]), (sequences, capacity)
                 assert untouched_outside(out, memory)
+
+
+@pytest.mark.parametrize("rotary", [None, 128])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_keys_that_are_loaded_while_others_are_appended_change_no_bit(rows: int, rotary: int | None) -> None:
+    """Ten times in clusters, which read old keys before append_kv has ended, beside the list, which waits."""
+    call = make("128", [0, 1, 61, 62, 63, 64, 125, 126, 127, 500], rows, rotary=rotary)
+    arrays = [name for name, x in call.items() if isinstance(x, cp.ndarray) and not name.startswith("rotary")]
+    many = call | {name: cp.concatenate([call[name]] * 8) for name in arrays}
+    assert clusters(call) > 0 and clusters(many) == 0
+    right, right_lse = rawattn.attention_with_kvcache(**many, return_lse=True)
+    for _ in range(10):
+        some = fresh(call)
+        out, lse = rawattn.attention_with_kvcache(**some, return_lse=True)
+        assert same_bits(out, right[:10]) and same_bits(lse, right_lse[:10])
+        assert same_bits(some["k_cache"], many["k_cache"][:10]) and same_bits(some["v_cache"], many["v_cache"][:10])
 
 
 def test_64_rows_have_the_same_bits_in_two_small_tiles_of_the_list_and_in_one() -> None:

@@ -31,7 +31,6 @@ from rawattn.tiles import (
     SPLITS_OF_A_SEQUENCE,
     TABLE,
     Tile,
-    blocks_of_a_split,
     cluster_size,
     grid,
     heads_per_group,
@@ -39,9 +38,12 @@ from rawattn.tiles import (
     launch_variant,
     launch_variants,
     slabs,
+    small_tiles,
     split_rows,
+    splits_of_a_tile,
     tile_for,
     tile_rows,
+    tiles_of_sequence,
 )
 
 # Every row of the tile table with every mask that it serves.
@@ -64,9 +66,15 @@ constexpr int SPLITS_OF_A_SEQUENCE = {SPLITS_OF_A_SEQUENCE}, MAX_SPLITS = {MAX_S
 #include "scheduler.cuh"
 """
 FUNCTIONS = """
-extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest, int few_tiles, int least_blocks) {
+extern "C" Places split(int m_blocks, int heads, int begin, int end, int fewest) {
     Places places{m_blocks, heads};
-    places.split(begin, end, m_blocks * heads, fewest, few_tiles, least_blocks);
+    places.split(begin, end, m_blocks * heads, fewest);
+    return places;
+}
+
+extern "C" Places deal(int begin, int end, int most, int least_blocks) {
+    Places places{1, 1};
+    places.deal(begin, end, most, least_blocks);
     return places;
 }
 
@@ -111,7 +119,7 @@ class Mask(ctypes.Structure):
 class KeyBlocks(ctypes.Structure):
     """struct KeyBlocks of mask.cuh"""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "full_begin", "full_end", "own_end")]
+    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "rest", "full_begin", "full_end", "own_end")]
     begin: int
     end: int
     full_begin: int
@@ -141,10 +149,15 @@ class DeviceCode:
         self.compiled["place_tiles"](m_blocks, heads, heads_per_group, places.ctypes.data_as(ctypes.c_void_p))
         return places
 
-    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int, few_tiles: int, least_blocks: int) -> Places:
+    def split(self, m_blocks: int, heads: int, begin: int, end: int, fewest: int) -> Places:
         function = self.compiled["split"]
         function.restype = Places
-        return function(m_blocks, heads, begin, end, fewest, few_tiles, least_blocks)
+        return function(m_blocks, heads, begin, end, fewest)
+
+    def deal(self, begin: int, end: int, most: int, least_blocks: int) -> Places:
+        function = self.compiled["deal"]
+        function.restype = Places
+        return function(begin, end, most, least_blocks)
 
     def row_bounds(self, spec: KernelSpec, mask: Mask, first_row: int, rows: int) -> np.ndarray:
         """mask.begin and mask.end of each row."""
@@ -372,39 +385,47 @@ def test_quotients_are_exact_though_reciprocals_are_not(device_code: DeviceCode,
 
 
 @examples
-@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4), st.integers(1, 5), st.integers(1, 4))
+@given(few, few, st.integers(0, 1000), st.integers(-2, 40000), st.integers(0, 4))
 def test_splits_are_equal_and_cover_the_keys(
-    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int, few_tiles: int, least_blocks: int
+    device_code: DeviceCode, m_blocks: int, heads: int, begin: int, total: int, fewest: int
 ) -> None:
     assume(m_blocks * heads * (max(0, total) + MAX_SPLITS) < PLACES_LIMIT)  # the host refuses longer lists
-    places = device_code.split(m_blocks, heads, begin, begin + total, fewest, few_tiles, least_blocks)
+    places = device_code.split(m_blocks, heads, begin, begin + total, fewest)
     total = max(0, total)
     assert places.first_block == begin and places.cost == places.blocks + 1
-    assert 1 <= places.splits <= MAX_SPLITS
+    assert 1 <= places.splits <= MAX_SPLITS // 2
     # All have `blocks` blocks but the last, which has the rest; a tile that sees nothing has one split of nothing.
     sizes = [min(places.blocks, total - split * places.blocks) for split in range(places.splits)]
     assert sum(sizes) == total and (total == 0 or min(sizes) > 0)
     # Up to `fewest` blocks, which hold FEW_KEYS, have a split each. Of more there are as many splits, where that is no more than 2: beyond,
     # rounding up to whole blocks may leave fewer.
     assert total > fewest or places.splits == max(1, total)
-    assert fewest > 2 or places.splits >= min(fewest, total // least_blocks)
+    assert fewest > 2 or places.splits >= min(fewest, total)
     # As many as one sequence needs to fill a GPU, less what is lost to rounding a split up to whole blocks.
-    wanted = min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS if m_blocks * heads < few_tiles else MAX_SPLITS // 2)
-    assert places.splits <= max(wanted, fewest, 1) and places.blocks == max(
-        -(-total // max(wanted, fewest, 1)), min(least_blocks, max(1, -(-total // 4)))
-    )
+    wanted = max(1, fewest, min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS // 2))
+    assert places.blocks == max(1, -(-total // wanted))
     for _, _, tile in SPLIT_TABLE:
-        if (tile.fewest_splits, tile.few_tiles, tile.least_blocks) == (fewest, few_tiles, least_blocks):
-            assert places.blocks == blocks_of_a_split(tile, m_blocks * heads, total)
+        if not tile.transposed and tile.fewest_splits == fewest:
+            assert places.splits == splits_of_a_tile(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
     assert compiled["count"](places) == m_blocks * heads * places.splits * (places.blocks + 1)
 
 
 @examples
+@given(st.sampled_from([tile for _, _, tile in SPLIT_TABLE if tile.transposed]), few, st.integers(0, 1000), st.integers(-2, 40000))
+def test_each_split_is_dealt_a_block_and_an_equal_run(device_code: DeviceCode, tile: Tile, tiles: int, begin: int, total: int) -> None:
+    places = device_code.deal(begin, begin + total, tile.most_splits(tiles), tile.least_blocks)
+    total = max(0, total)
+    assert places.first_block == begin and places.splits == splits_of_a_tile(tile, tiles, total) <= MAX_SPLITS
+    assert places.splits <= max(1, total)  # so each has a block
+    assert places.blocks == max(1, -(-total // places.splits)) and places.cost == places.blocks + 1
+
+
+@examples
 @given(few, few, st.integers(0, 4000), st.data())
 def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, heads: int, total: int, data: st.DataObject) -> None:
-    places = device_code.split(m_blocks, heads, 0, total, 1, 4, 1)
+    places = device_code.split(m_blocks, heads, 0, total, 1)
     place = data.draw(st.integers(-5, device_code.compiled["count"](places)), "place")
     item = device_code.compiled["at_or_after"](places, place)
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost
@@ -429,7 +450,7 @@ def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
     size = cluster_size(spec, tiles, heads, keys, multiprocessors)
     assert size in (0, 2, 4, 8, 16)
     lengths = range(1, -(-keys // tile.tile_n) + 1)
-    most = max((-(-blocks // blocks_of_a_split(tile, heads, blocks)) for blocks in lengths), default=1)
+    most = max((splits_of_a_tile(tile, heads, blocks) for blocks in lengths), default=1)
 
     def fits(size: int) -> bool:
         return tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1)
@@ -478,19 +499,20 @@ def test_64_rows_are_two_tiles_where_these_are_few(
     assert variant[0] in launch_variants(spec)
 
 
-# ---- shares: TileList and RunOfSplits of the kernel, read by a warp of 32 contexts that take turns and meet in each intrinsic
+# ---- shares: TileList and the splits of a cluster's CTAs, read by a warp of 32 contexts that take turns and meet in each intrinsic
 
 WARP = """
 #include <cstdint>
 #include <ucontext.h>
 
-struct Number { int x; };
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
 
-static Number blockIdx, gridDim, threadIdx;
-static int cluster, rank, ranks;
-int cluster_index() { return cluster; }
+struct Place { int x, y, z; };
+
+static Place blockIdx, gridDim, threadIdx;
+static int rank, ranks;
+int cluster_index() { return blockIdx.x / ranks; }
 int cluster_rank() { return rank; }
 int cluster_size() { return ranks; }
 void prefetch_global(const void*) {}
@@ -526,12 +548,18 @@ static const Arguments* arguments;
 static WorkTile slots[TILE_SLOTS], *written;
 static int room, found;
 
+static void take(int lane, const WorkTile& tile) {
+    if (lane == 0) {
+        if (found < room) written[found] = tile;
+        ++found;
+    }
+}
+
 // As produce() walks it.
-template <class List>
-static void walk(int lane) {
+static void walk_list(int lane) {
     threadIdx.x = lane;
     static int parts[CTA_WARPS];
-    List list;
+    TileList list;
     for (int warp = CTA_WARPS; warp-- > 0;) {
         list = {};
         list.prepare(*arguments, parts, warp);
@@ -543,62 +571,68 @@ static void walk(int lane) {
         __syncwarp();
         const WorkTile& tile = slots[slot];
         if (tile.first_row < 0) return;
-        if (lane == 0) {
-            if (found < room) written[found] = tile;
-            ++found;
-        }
+        take(lane, tile);
         const KeyBlocks blocks = tile_blocks(*arguments, tile, tile.first_row);
         if (blocks.begin < blocks.end || tile.splits > 1) slot = (slot + 1) % TILE_SLOTS;
         __syncwarp();
     }
 }
 
+// As produce_splits() does.
+static void walk_cluster(int lane) {
+    WorkTile tile = first_split(*arguments, cached_keys(*arguments, blockIdx.z));
+    for (; tile.split < tile.splits; go_to_next_split(tile)) take(lane, tile);
+}
+
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
-// The splits that a CTA takes, in its order; returns how many there are. It is number `cta` of a grid of `ctas` or, if `of_cluster` is not
-// negative, of that cluster.
-extern "C" int share(int of_cluster, int cta, int ctas, int batch, int heads, int seqlen_q, int seqlen_k, const int* cu_seqlens_q,
-                     const int* cu_seqlens_k, const int* cache_seqlens, int left, int right, int size, WorkTile* tiles) {
+// The splits that a CTA takes, in its order; returns how many there are. It is number `cta` of a grid of `ctas` or, if `of_cluster`,
+// of the cluster of tile (b, head, m_block).
+extern "C" int share(bool of_cluster, int b, int head, int m_block, int cta, int ctas, int most_splits, int batch, int heads, int seqlen_q,
+                     int seqlen_k, const int* cu_seqlens_q, const int* cu_seqlens_k, const int* cache_seqlens, int left, int right,
+                     int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
     args.batch = batch, args.heads = heads, args.seqlen_q = seqlen_q, args.seqlen_k = seqlen_k;
     args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k, args.cache_seqlens = cache_seqlens;
-    args.left = left, args.right = right, args.bottom_right = 1;
-    arguments = &args, blockIdx.x = rank = cta, gridDim.x = ranks = ctas, cluster = of_cluster;
+    args.left = left, args.right = right, args.bottom_right = 1, args.most_splits = most_splits;
+    arguments = &args, gridDim.x = ranks = ctas, rank = cta;
+    blockIdx = of_cluster ? Place{m_block * ctas + cta, head, b} : Place{cta, 0, 0};
     written = tiles, room = size, found = 0;
     for (size_t i = 0; i < sizeof slots / sizeof(int); ++i) reinterpret_cast<int*>(slots)[i] = 1000 * i;  // what another kernel left there
     for (int lane = 0; lane < 32; ++lane) {
         getcontext(&lanes[lane]);
         lanes[lane].uc_stack.ss_sp = stacks[lane], lanes[lane].uc_stack.ss_size = sizeof stacks[lane];
         lanes[lane].uc_link = lane < 31 ? &lanes[lane + 1] : &caller;
-        makecontext(&lanes[lane], reinterpret_cast<void (*)()>(of_cluster < 0 ? walk<TileList> : walk<RunOfSplits>), 1, lane);
+        makecontext(&lanes[lane], reinterpret_cast<void (*)()>(of_cluster ? walk_cluster : walk_list), 1, lane);
     }
     swapcontext(&caller, &lanes[0]);
     return found;
 }
 """
 SPLIT_SPECS = [
-    KernelSpec("bfloat16", 128, 128, 4, "full", True, 8, cluster=True),
+    KernelSpec("bfloat16", 128, 128, 4, "full", True, 8),
     KernelSpec("bfloat16", 128, 128, 7, "causal", True, 128),
-    KernelSpec("bfloat16", 64, 64, 3, "window", True, 32, cluster=True),
+    KernelSpec("bfloat16", 64, 64, 3, "window", True, 32),
     KernelSpec("bfloat16", 64, 64, 3, "window", True, 64),
 ]
+CLUSTER_SPECS = [replace(SPLIT_SPECS[number], cluster=True) for number in (0, 2)]
 # struct WorkTile of pipeline.cuh
 WORK_TILE = (
     "first_row", "head", "batch", "q_start", "q_length", "q_row", "q_offset", "q_batch", "k_length", "k_row", "k_offset", "k_batch",
-    "first_block", "end_block", "split", "splits", "run_begin", "run_end", "first_splits", "slot",
+    "first_block", "rest_block", "end_block", "split", "splits", "run_begin", "run_end", "first_splits", "slot",
 )  # fmt: skip
 Split = dict[str, int]
 
 
 @pytest.fixture(scope="module")
 def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, ctypes.CDLL]:
-    """pipeline.cuh up to what one tile is, for each of SPLIT_SPECS."""
-    kernel = (CUDA_SRC / "pipeline.cuh").read_text(encoding="utf-8")
-    kernel, _ = kernel.split("// Where row `tile_row` of a tile goes", 1)
+    """pipeline.cuh up to what one tile is and cluster.cuh up to what a CTA loads, for each spec."""
+    kernel, _ = (CUDA_SRC / "pipeline.cuh").read_text(encoding="utf-8").split("// Where row `tile_row` of a tile goes", 1)
+    kernel += (CUDA_SRC / "cluster.cuh").read_text(encoding="utf-8").split("// ---- the first keys ----", 1)[0]
     kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
     folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}
-    for spec in SPLIT_SPECS:
+    for spec in SPLIT_SPECS + CLUSTER_SPECS:
         constants = "\n".join(re.findall(r"^constexpr \w+ \w+ = \w+;$", source(spec), re.MULTILINE))
         libraries[spec] = compiled_for_the_host(HOST + constants + WARP + kernel + SHARES, folder / f"{spec.name}.so")
         assert libraries[spec]["words_of_a_tile"]() == len(WORK_TILE)
@@ -613,9 +647,9 @@ def shares(
     q_lengths: list[int],
     k_lengths: list[int],
     window: Window,
-    cluster: int = -1,
+    cluster: tuple[int, int, int] | None = None,
 ) -> list[list[Split]]:
-    """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of one cluster."""
+    """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of the cluster of tile (b, head, m_block)."""
     if tile_for(spec).transposed:  # a cache, and as many queries for each sequence
         (seqlen_q,) = set(q_lengths)
         lengths = [None, None, np.array(k_lengths, np.intc)]
@@ -624,20 +658,22 @@ def shares(
         lengths = [*(np.cumsum([0, *x], dtype=np.intc) for x in (q_lengths, k_lengths)), None]
     buffer = np.empty((1 << 13, len(WORK_TILE)), np.intc)
     *pointers, tiles = [None if x is None else x.ctypes.data_as(ctypes.c_void_p) for x in (*lengths, buffer)]
-    sizes = len(q_lengths), heads, seqlen_q, max(k_lengths)
-    result = []
+    counted = tiles_of_sequence(small_tiles(spec), seqlen_q, heads * spec.pack) if tile_for(spec).transposed else heads
+    most = tile_for(spec).most_splits(counted)
+    sizes = most, len(q_lengths), heads, seqlen_q, max(k_lengths)
+    of, result = (cluster is not None, *(cluster or (0, 0, 0))), []
     for cta in range(ctas):
-        found = library["share"](cluster, cta, ctas, *sizes, *pointers, *window_bounds(False, window), len(buffer), tiles)
+        found = library["share"](*of, cta, ctas, *sizes, *pointers, *window_bounds(False, window), len(buffer), tiles)
         assert found <= len(buffer)
         result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
     return result
 
 
 def draw_lengths(data: st.DataObject, spec: KernelSpec, sequences: st.SearchStrategy[list[tuple[int, int]]]) -> tuple[list[int], list[int]]:
-    """Lengths of q and k; where tiles are transposed all sequences have as many queries, of one tile or, in clusters, of two."""
+    """Lengths of q and k; where tiles are transposed all sequences have as many queries, of one tile or, of 32 rows, of two."""
     q_lengths, k_lengths = map(list, zip(*data.draw(sequences, "sequences"), strict=True))
     if tile_for(spec).transposed:
-        rows = 64 if spec.cluster and spec.split_rows == 32 else spec.split_rows
+        rows = 64 if spec.split_rows == 32 else spec.split_rows
         q_lengths = [data.draw(st.integers(1, rows // spec.pack), "queries")] * len(k_lengths)
     return q_lengths, k_lengths
 
@@ -651,8 +687,15 @@ def by_tile(shares: list[list[Split]]) -> dict[tuple[int, ...], list[tuple[int, 
     return tiles
 
 
-def cost(split: Split) -> int:
-    return split["end_block"] - split["first_block"] + 1
+def cost(spec: KernelSpec, split: Split) -> int:
+    """Its blocks and one more; where the products are transposed, one block comes before the rest."""
+    return split["end_block"] - split["rest_block"] + 2 if tile_for(spec).transposed else split["end_block"] - split["first_block"] + 1
+
+
+def blocks_of(spec: KernelSpec, split: Split) -> list[int]:
+    if tile_for(spec).transposed:
+        return [split["first_block"], *range(split["rest_block"], split["end_block"])]
+    return list(range(split["first_block"], split["end_block"]))
 
 
 @pytest.mark.parametrize("spec", SPLIT_SPECS, ids=lambda spec: spec.name)
@@ -690,24 +733,27 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
         if holders[0] != holders[-1]:
             shared_slots.append(parts[0]["slot"])
         # Together they cover what any query of the sequence sees, whatever else is in the batch and whoever takes them.
-        assert [split["first_block"] for split in parts[1:]] == [split["end_block"] for split in parts[:-1]]
+        blocks = sorted(block for split in parts for block in blocks_of(spec, split))
+        assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        if tile_for(spec).transposed:  # where a split begins needs no length, if the first key is seen
+            assert [split["first_block"] for split in parts] == list(range(blocks[0], blocks[0] + len(parts)))
         first, last = visible_keys(q_lengths[b], k_lengths[b], False, window)
         if (last > first).any():
             seen = last > first
-            assert parts[0]["first_block"] * tile_n <= first[seen].min() and last[seen].max() <= parts[-1]["end_block"] * tile_n
+            assert blocks[0] * tile_n <= first[seen].min() and last[seen].max() <= (blocks[-1] + 1) * tile_n
     assert len(set(shared_slots)) == len(shared_slots)  # no two tiles wait in the same part of the workspace
 
     # One CTA has a tile's splits one after the other, and no share is longer than an equal one by more than a split and, of equal tiles, a
     # sixteenth.
-    total = sum(cost(split) for share in taken for split in share)
-    of_first = sum(cost(split) for share in taken for split in share if split["batch"] == 0)
+    total = sum(cost(spec, split) for share in taken for split in share)
+    of_first = sum(cost(spec, split) for share in taken for split in share if split["batch"] == 0)
     limit = -(-total // ctas)
     if of_first * len(q_lengths) == total:
         limit += limit // 16
     for share in taken:
         order = [(split["batch"], split["head"], split["first_row"]) for split in share]
         assert len([tile for tile, _ in itertools.groupby(order)]) == len(set(order))
-        assert not share or sum(map(cost, share)) < limit + cost(share[-1])
+        assert not share or sum(cost(spec, split) for split in share) < limit + cost(spec, share[-1])
 
 
 @pytest.mark.parametrize(("batch", "ctas", "parts"), [(16, 32, 1), (16, 33, 1), (64, 33, 1), (16, 66, 2), (8, 66, 4)])
@@ -747,9 +793,9 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
     heads, b = data.draw(st.integers(1, 4), "heads"), data.draw(st.integers(0, len(k_lengths) - 1), "which")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (1000, 0)}[spec.mask]
 
-    def bounds(taken: list[list[Split]], which: int) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    def bounds(taken: list[list[Split]], which: int) -> dict[tuple[int, ...], list[list[int]]]:
         tiles = by_tile(taken).items()
-        return {key[1:]: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles if key[0] == which}
+        return {key[1:]: [blocks_of(spec, x) for _, x in splits] for key, splits in tiles if key[0] == which}
 
     with_others = shares(tile_lists[spec], spec, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window)
     alone = shares(tile_lists[spec], spec, data.draw(st.integers(1, 140), "CTAs alone"), heads, [q_lengths[b]], [k_lengths[b]], window)
@@ -766,12 +812,9 @@ def test_64_rows_are_split_as_two_tiles_are(tile_lists: dict[KernelSpec, ctypes.
     bounds = []
     for spec in (of_two, of_one):
         tiles = by_tile(shares(tile_lists[spec], spec, 7, *sizes)).items()
-        bounds.append({key: [(x["first_block"], x["end_block"]) for _, x in splits] for key, splits in tiles})
+        bounds.append({key: [blocks_of(spec, x) for _, x in splits] for key, splits in tiles})
     two, one = bounds
     assert two == {(b, head, row): splits for (b, head, _), splits in one.items() for row in range(0, 3 * queries, 30)}
-
-
-CLUSTER_SPECS = [spec for spec in SPLIT_SPECS if spec.cluster]
 
 
 @pytest.mark.parametrize("spec", CLUSTER_SPECS, ids=lambda spec: spec.name)
@@ -780,32 +823,32 @@ CLUSTER_SPECS = [spec for spec in SPLIT_SPECS if spec.cluster]
 def test_a_cluster_of_any_size_has_the_splits_of_its_tile_that_the_list_has(
     tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
 ) -> None:
-    library, keys = tile_lists[spec], st.one_of(st.integers(1, 200), st.integers(1, 20000))
+    keys = st.one_of(st.integers(1, 200), st.integers(1, 20000))
     q_lengths, k_lengths = draw_lengths(data, spec, st.lists(st.tuples(st.just(1), keys), min_size=1, max_size=3))
     heads = data.draw(st.sampled_from([1, 2, 8]), "heads")
     left = data.draw(st.one_of(st.none(), st.integers(0, 3000)) if spec.mask == "window" else st.none(), "left")
     window: Window = (left, None if spec.mask == "full" else 0)
-    listed = by_tile(shares(library, spec, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window))
-    first_rows = range(0, q_lengths[0] * spec.pack, tile_rows(spec))
-    places = [(b, head, row) for b in range(len(k_lengths)) for row in first_rows for head in range(heads)]
-    assert set(listed) == set(places)
+    of_list = replace(spec, cluster=False)
+    listed = by_tile(shares(tile_lists[of_list], of_list, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window))
+    m_blocks = -(-q_lengths[0] * spec.pack // tile_rows(spec))
+    places = itertools.product(range(len(k_lengths)), range(heads), range(m_blocks))
+    assert len(listed) == len(k_lengths) * heads * m_blocks
     same = set(WORK_TILE) - {"run_begin", "run_end", "first_splits", "slot"}  # all but who has it
-    for number, place in enumerate(places):
-        of_list = listed[place]
-        size = data.draw(st.sampled_from([n for n in (2, 4, 8, 16) if 2 * n >= len(of_list)]), "size")
-        ranks = shares(library, spec, size, heads, q_lengths, k_lengths, window, cluster=number)
-        splits = [split for of_rank in ranks for split in of_rank]
-        assert [{name: split[name] for name in same} for split in splits] == [{name: split[name] for name in same} for _, split in of_list]
-        run = 1 if len(splits) <= size else 2
-        for rank, of_rank in enumerate(ranks):  # the last of those that have any may have one less
-            assert [split["split"] for split in of_rank] == list(range(len(splits)))[rank * run :][:run]
-            assert all((split["run_begin"], split["run_end"]) == (rank * run, rank * run + len(of_rank)) for split in of_rank)
+    for b, head, m_block in places:
+        expected = [split for _, split in listed[b, head, m_block * tile_rows(spec)]]
+        size = data.draw(st.sampled_from([n for n in (2, 4, 8, 16) if 2 * n >= len(expected)]), "size")
+        ranks = shares(tile_lists[spec], spec, size, heads, q_lengths, k_lengths, window, cluster=(b, head, m_block))
+        for rank, of_rank in enumerate(ranks):  # dealt in turn
+            assert [split["split"] for split in of_rank] == list(range(rank, len(expected), size))
+            assert all(split["run_begin"] == rank for split in of_rank)  # for which Q is loaded
+        splits = sorted((split for of_rank in ranks for split in of_rank), key=lambda split: split["split"])
+        assert [{name: split[name] for name in same} for split in splits] == [{name: split[name] for name in same} for split in expected]
 
 
 @pytest.mark.parametrize("spec", CLUSTER_SPECS, ids=lambda spec: spec.name)
 def test_of_a_sequence_without_keys_the_first_cta_of_a_cluster_has_the_only_split(
     tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec
 ) -> None:
-    first, *others = shares(tile_lists[spec], spec, 8, 2, [1, 1], [0, 5000], (None, 0), cluster=1)
+    first, *others = shares(tile_lists[spec], spec, 8, 2, [1, 1], [0, 5000], (None, 0), cluster=(0, 1, 0))
     assert [(x["batch"], x["head"], x["split"], x["splits"], x["first_block"]) for x in first] == [(0, 1, 0, 1, 0)]
     assert others == [[]] * 7

@@ -19,11 +19,11 @@ from rawattn.spec import KernelSpec
 from rawattn.tiles import (
     SHARED_MEMORY_LIMIT,
     SLAB,
-    blocks_of_a_split,
     grid,
     launch_variant,
     slabs,
     small_tiles,
+    splits_of_a_tile,
     tile_for,
     tiles_of_sequence,
 )
@@ -73,8 +73,8 @@ def work(shape: Shape, spec: KernelSpec) -> Work:
     splits, of_all = 1, max(-(-int(last.max()) // tile.tile_n) - int(first.min()) // tile.tile_n, 0)
     split_blocks = of_all
     if spec.split_rows:
-        split_blocks = blocks_of_a_split(tile, tiles_of_sequence(small_tiles(spec), shape.seqlen_q, shape.heads), of_all)
-        splits = max(1, -(-of_all // split_blocks))
+        splits = splits_of_a_tile(tile, tiles_of_sequence(small_tiles(spec), shape.seqlen_q, shape.heads), of_all)
+        split_blocks = -(-of_all // splits)
     width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
     return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
 

@@ -9,7 +9,7 @@
 // query row 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in the eight lanes of equal lane % 4 of all four warps.
 constexpr int KEY_TILES = TILE_N / 64, REGISTERS = WARPGROUP_ROWS / 2, OUTPUT_REGISTERS = SLABS_V * REGISTERS;
 constexpr int ROWS_OF_THREAD = WARPGROUP_ROWS / 4, COLUMNS_OF_THREAD = 2 * SLABS_V, QK_STEPS = (HEAD_DIM + 15) / 16;
-constexpr int TASKS_IN_FLIGHT = CLUSTER || WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
+constexpr int TASKS_IN_FLIGHT = WARPGROUP_ROWS <= 16 ? 1 : 2;  // of a combination (splits.cuh), as registers allow
 constexpr int RESULTS_IN_FLIGHT = TASKS_IN_FLIGHT == 1 ? 8 : 6;
 constexpr int PROBS_SLAB = WARPGROUP_ROWS * SLAB_BYTES, PROBS_BYTES = KEY_TILES * PROBS_SLAB;  // of a warpgroup
 
@@ -179,8 +179,8 @@ __device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_T
     float rescale[ROWS_OF_THREAD], offset[ROWS_OF_THREAD];
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        offset[r] = exponent_offset(max[r], scale_log2);
-        rescale[r] = exp2_approx(exponent_shift(states.max[r], scale_log2) - offset[r]);  // 1 if it did not move; 0 changes nothing before the first key
+        offset[r] = max[r] == NEGATIVE_INFINITY ? 0.0f : __fmul_rn(max[r], scale_log2);
+        rescale[r] = exp2_approx(__fmul_rn(states.max[r], scale_log2) - offset[r]);  // 1 if it did not move; 0 changes nothing before the first key
         states.max[r] = max[r];
         states.sum[r] *= rescale[r];
     }
@@ -238,87 +238,46 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 }
 
 #include "splits.cuh"
+#include "cluster.cuh"
 
-__device__ __forceinline__ int paired_rows(const WorkTile& tile) { return (existing_rows(tile) + 1) / 2 * 2; }
-
-// CLUSTER: where a thread sends its part of a split's result. Each CTA gets, of every split, those columns that it combines, as [splits, columns, rows],
-// and the states of all rows, [splits, rows]; rows in pairs, columns of all CTAs as many, in the last one perhaps some beyond Dv. Found while
-// the first keys are on their way. (Without CLUSTER nobody sends, and the compiler drops it.)
-struct ResultAddresses {
-    uint32_t outs[COLUMNS_OF_THREAD], outs_barriers[COLUMNS_OF_THREAD];
-    uint32_t states, states_barrier;
-    int rows;
-
-    // `outs_here`, `states_here` and the mbarrier are at the same place in each CTA.
-    __device__ __forceinline__ ResultAddresses(const WorkTile& tile, const void* outs_here, const void* states_here, uint32_t barrier, int columns_of_rank)
-        : rows(paired_rows(tile)) {
-        const int split = tile.split;
-#pragma unroll
-        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
-            const int column = output_column(register_of_column(c)), rank = column * cluster_size() / (64 * SLABS_V);
-            outs[c] = shared_address_of(shared_address(outs_here), rank) + 4 * ((split - rank) * columns_of_rank + column) * rows;
-            outs_barriers[c] = shared_address_of(barrier, rank);
-        }
-        const int told = min(told_rank(), cluster_size() - 1);
-        states = shared_address_of(shared_address(states_here), told) + 8 * split * rows;
-        states_barrier = shared_address_of(barrier, told);
-    }
-
-    // All lanes of a row know its state, and each tells one CTA.
-    static __device__ __forceinline__ int told_rank() { return threadIdx.x % 128 / 4; }
-    // The first of the thread's registers of its column c; those of other rows follow in fours.
-    static __device__ __forceinline__ int register_of_column(int c) { return c / 2 * REGISTERS + c % 2 * 2; }
-};
-
-__device__ __forceinline__ void send_result(const ResultAddresses& to, const Output& output, const RowStates<ROWS_OF_THREAD>& states) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
-        const int first = to.register_of_column(c);
-        if (output_column(first) >= HEAD_DIM_V) continue;
-#pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
-            if (tile_row(r) < to.rows) store_cluster_8(to.outs[c] + 4 * tile_row(r), output[first + 2 * r], output[first + 2 * r + 1], to.outs_barriers[c]);
-        }
-    }
-    if (to.told_rank() < cluster_size()) {
-#pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-            if (tile_row(r) < to.rows) store_cluster_8(to.states + 8 * tile_row(r), states.max[r], states.sum[r], to.states_barrier);
-        }
-    }
-}
-
-__device__ __forceinline__ void consume(const Arguments& args, int warpgroup, const Buffers& buffers) {
+// A warpgroup that computes one split after the other.
+struct Consumer {
+    const Arguments& args;
+    const Buffers& buffers;
+    const int warpgroup;
     const bool signals = threadIdx.x % 32 == 0;  // one lane of each warp tells the producer that a buffer is free
     const uint32_t probs_smem = shared_address(buffers.more) + 2 * PROBS_BYTES * warpgroup;  // P, and what rounding it lost
-    float* exchanges = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);  // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS]
-    float* max_exchange = exchanges + 8 * WARPGROUP_ROWS * warpgroup;
-    float* sum_exchange = max_exchange + 4 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
-    float* carried = exchanges + 8 * TILE_M;  // [OUTPUT_REGISTERS, CONSUMER_THREADS]; CLUSTER: results that are sent here
-    float2* sent_states = reinterpret_cast<float2*>(carried + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS);  // CLUSTER: and the states of their rows
-    const int columns_of_rank = CLUSTER ? 64 * SLABS_V / cluster_size() : 0;
-    Ring<TILE_SLOTS> slot_ring;
-    Ring<Q_STAGES> q_ring;
-    Ring<STAGES> k_ring, v_ring;
-    RowStates<ROWS_OF_THREAD> carried_states;
-    if constexpr (CLUSTER) cluster_wait();  // results may be sent to all from here on
-    while (true) {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
-        const WorkTile& tile = buffers.tile_slots[slot];
-        if (tile.first_row < 0) break;
+    float* const exchanges = reinterpret_cast<float*>(buffers.more + 2 * PROBS_BYTES * CONSUMER_WARPGROUPS);  // [CONSUMER_WARPGROUPS, 2, 4, WARPGROUP_ROWS]
+    float* const max_exchange = exchanges + 8 * WARPGROUP_ROWS * warpgroup;
+    float* const sum_exchange = max_exchange + 4 * WARPGROUP_ROWS;  // still read when the next tile's maxima are written
+    float* const more = exchanges + 8 * TILE_M;
+    Ring<Q_STAGES> q_ring = {};
+    Ring<STAGES> k_ring = {}, v_ring = {};
+
+    // Does not use a block that was loaded.
+    __device__ __forceinline__ void pass_over() {
+        mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
+        mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
+        if (signals) {
+            mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
+            mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
+        }
+        ++k_ring.count;
+        ++v_ring.count;
+    }
+
+    // Finds what the tile's split says of each row, with exponents relative to a whole number (exponent_shift): only in the end, since relative to its maximum
+    // a row's greatest weight is 1, which rounding P leaves as it is. under_last(): what is to be done once `states` are found, before `output` is.
+    template <class UnderLast>
+    __device__ __forceinline__ void attend(const WorkTile& tile, Output& output, RowStates<ROWS_OF_THREAD>& states, UnderLast under_last) {
         const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row + WARPGROUP_ROWS * warpgroup);
         const Mask mask = tile_mask(args, tile);
         // Rounding P to 16 bits is harmless where many keys average it out. Sequences whose first query has few keys add what the rounding lost.
         const bool few_keys = mask.end(0) - mask.begin(0) <= FEW_KEYS;
 
-        const ResultAddresses addresses(tile, carried, sent_states, buffers.barriers + RESULTS_FULL, columns_of_rank);
         Scores scores;
-        Output output;
 #pragma unroll
         for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] = 0.0f;
-        RowStates<ROWS_OF_THREAD> states;
         states.reset();
         if (tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
         const auto start_scores = [&] {
@@ -336,7 +295,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             if (signals) mbarrier_arrive(buffers.barriers + V_EMPTY + 8 * v_ring.stage());
             ++v_ring.count;
         };
-        int block = blocks.end - 1;
+        int block = blocks.begin;
         const auto begin_softmax = [&] {  // once the scores are there
             pin(scores);
             if (signals) mbarrier_arrive(buffers.barriers + K_EMPTY + 8 * k_ring.stage());
@@ -360,7 +319,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             begin_softmax();
             finish_softmax();
 #pragma unroll 1
-            for (--block; block >= blocks.begin; --block) {
+            for (block = blocks.rest; block < blocks.end; ++block) {
                 start_scores();
                 start_output();
                 wgmma_wait<1>();
@@ -371,50 +330,104 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
             start_output();
             over_keys_of_warp(states.sum, sum_exchange, Sum());
             over_keys_of_warpgroup(states.sum, sum_exchange, Sum());
-            finish_output();
-        }
-        if (tile.split == tile.run_end - 1) {
-            if (signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * q_ring.stage());
-            ++q_ring.count;
-        }
-        bool is_whole = tile.splits == 1;
-        if (!is_whole) {
-            if constexpr (CLUSTER) {
-                send_result(addresses, output, states);
-            } else {
-                is_whole = join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last);
-            }
-        }
-        if (is_whole) {
-            float inverse[ROWS_OF_THREAD];
+            float factor[ROWS_OF_THREAD];
 #pragma unroll
             for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-                float lse;
-                normalise(states.max[r], states.sum[r], args.scale_log2, inverse[r], lse);
-                const Destination to = destination(args, tile, tile_row(r));
-                if (to.lse != nullptr && speaks_for_row()) *to.lse = lse;
+                const float exponent = __fmul_rn(states.max[r], args.scale_log2);
+                states.max[r] = rintf(exponent);
+                factor[r] = exp2_approx(exponent - (states.max[r] == NEGATIVE_INFINITY ? 0.0f : states.max[r]));
+                states.sum[r] *= factor[r];
             }
+            under_last();
+            finish_output();
 #pragma unroll
-            for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] *= inverse[output_row(i)];
-            store_output(args, tile, output);
+            for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] *= factor[output_row(i)];
+        } else {
+            under_last();
         }
-        __syncwarp();
-        if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
     }
-    if constexpr (CLUSTER) {
-        WorkTile tile = buffers.tile_slots[0];
-        if (tile.splits == 1) return;
-        tile.first_row = max(tile.first_row, ~tile.first_row);  // a CTA without a split combines too
-        const ClusterResults results = {carried, sent_states, tile.splits, existing_rows(tile), paired_rows(tile), columns_of_rank};
-        const int bytes = tile.splits * paired_rows(tile) * (4 * results.columns() + 8);
-        if (threadIdx.x == 128) mbarrier_arrive_expect(buffers.barriers + RESULTS_FULL, bytes);
-        mbarrier_wait_for_cluster(buffers.barriers + RESULTS_FULL, 0);
-        combine(args, tile, results, threadIdx.x - 128, CONSUMER_THREADS);
+
+    // Writes what is the whole tile's result.
+    __device__ __forceinline__ void finish(const WorkTile& tile, Output& output, const RowStates<ROWS_OF_THREAD>& states) const {
+        float inverse[ROWS_OF_THREAD];
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) {
+            float lse;
+            normalise(exponent_offset(states.max[r], args.scale_log2), states.sum[r], inverse[r], lse);
+            const Destination to = destination(args, tile, tile_row(r));
+            if (to.lse != nullptr && speaks_for_row()) *to.lse = lse;
+        }
+#pragma unroll
+        for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] *= inverse[output_row(i)];
+        store_output(args, tile, output);
+    }
+};
+
+// Computes what the list of splits says.
+__device__ __forceinline__ void consume(const Arguments& args, const Buffers& buffers, int warpgroup) {
+    Consumer consumer = {args, buffers, warpgroup};
+    float* carried = consumer.more;  // [OUTPUT_REGISTERS, CONSUMER_THREADS]
+    RowStates<ROWS_OF_THREAD> carried_states;
+    Ring<TILE_SLOTS> slot_ring;
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        ++slot_ring.count;
+        const WorkTile& tile = buffers.tile_slots[slot];
+        if (tile.first_row < 0) break;
+        Output output;
+        RowStates<ROWS_OF_THREAD> states;
+        consumer.attend(tile, output, states, [] {});
+        if (tile.split == tile.run_end - 1) {
+            if (consumer.signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * consumer.q_ring.stage());
+            ++consumer.q_ring.count;
+        }
+        if (tile.splits == 1 || join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last)) consumer.finish(tile, output, states);
+        __syncwarp();
+        if (consumer.signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+    }
+}
+
+// CLUSTER: computes the splits of this CTA, and then its columns of what they are together.
+__device__ __forceinline__ void consume_splits(const Arguments& args, const Buffers& buffers, int warpgroup, int cached_keys) {
+    Consumer consumer = {args, buffers, warpgroup};
+    const ResultBuffers results(args, consumer.more);
+    ResultAddresses addresses(results, buffers.barriers);
+    cluster_wait();  // from here on the barriers are there, and results may be sent to all
+    WorkTile tile = first_split(args, cached_keys);
+    if (args.loads_ahead != 0 && !is_as_loaded(args, tile, tile_blocks(args, tile, tile.first_row))) consumer.pass_over();
+    for (; tile.split < tile.splits; go_to_next_split(tile)) {
+        Output output;
+        RowStates<ROWS_OF_THREAD> states;
+        consumer.attend(tile, output, states, [&] {
+            if (tile.splits > 1) send_states(addresses, results, states);
+        });
+        if (tile.splits == 1) return consumer.finish(tile, output, states);
+        send_output(addresses, results, output);
+        addresses.go_to_next_split(results);
+    }
+    if (tile.splits > 1) combine_splits(args, tile, results, buffers.barriers);
+}
+
+// What the start waits for is shared out: two warps make the barriers and ask for the first keys, the others ask for the length meanwhile.
+__device__ __forceinline__ void run_cluster(const Arguments& args, const Buffers& buffers) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp == 1 || warp == 2) return start_loads(args, buffers, warp == 2);
+    const int cached = cached_keys(args, blockIdx.z);
+    cluster_arrive();
+    if (warp >= 4) {
+        consume_splits(args, buffers, warp / 4 - 1, cached);
+    } else if (warp == 0) {
+        cluster_wait();
+        produce_splits(args, buffers, cached);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_decode(const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) char shared[];
     const Buffers buffers(shared);
-    run(args, buffers, [&](int warpgroup) { consume(args, warpgroup, buffers); });
+    if constexpr (CLUSTER)
+        run_cluster(args, buffers);
+    else
+        run(args, buffers, [&](int warpgroup) { consume(args, buffers, warpgroup); });
 }

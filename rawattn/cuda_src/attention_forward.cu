@@ -348,7 +348,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         const auto find_end = [&] {  // of a whole tile; under its last P V, which does not need it
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                normalise(softmax.max[r], softmax.sum[r], args.scale_log2, inverse[r], lse[r]);
+                normalise(exponent_offset(softmax.max[r], args.scale_log2), softmax.sum[r], inverse[r], lse[r]);
                 to[r] = destination(args, tile, thread_row + 8 * r);
             }
             pin(inverse);

@@ -13,6 +13,7 @@ struct Mask {
 
 struct KeyBlocks {
     int begin, end;            // blocks that hold a key that some row of the tile sees; none if end <= begin
+    int rest;                  // see tile_blocks
     int full_begin, full_end;  // of these, blocks that every row of the warpgroup sees whole
     int own_end;               // a key, not a block: from it on no row of the warpgroup sees any
 };

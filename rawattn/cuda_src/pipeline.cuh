@@ -32,8 +32,9 @@ struct Arguments {
     int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
     int heads_per_group;                                          // heads whose K and V share L2
     int page_size;
-    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits
+    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits; TRANSPOSED: as many as a long sequence's tiles have
     float scale_log2;                                             // softmax scale * log2(e)
+    int loads_ahead;                                              // CLUSTER: before the length, nothing (0), keys and what append_kv makes of Q (1), or keys and Q (2)
 };
 
 constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one period of the 128-byte swizzle
@@ -42,17 +43,16 @@ constexpr int Q_SLAB = TILE_M * SLAB_BYTES, KV_SLAB = TILE_N * SLAB_BYTES;
 constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads of whole queries
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
-constexpr int TILE_SLOTS = 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
+constexpr int TILE_SLOTS = CLUSTER ? 1 : 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = TILE_M / CONSUMER_WARPGROUPS;
 constexpr bool MAY_BE_PACKED = !TRANSPOSED;  // transposed tiles have the few queries that the host knows each sequence to have
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
-// Byte offsets of the mbarriers in shared memory, one full and one empty for each buffer.
-constexpr int Q_FULL = 0, Q_EMPTY = 8 * Q_STAGES, K_FULL = 16 * Q_STAGES, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
-constexpr int TILE_FULL = V_EMPTY + 8 * STAGES, TILE_EMPTY = TILE_FULL + 8 * TILE_SLOTS;
-constexpr int RESULTS_FULL = TILE_EMPTY + 8 * TILE_SLOTS;  // CLUSTER: of what the cluster's CTAs send each other
-constexpr int BARRIER_BYTES = RESULTS_FULL + 8;
+// Byte offsets of the mbarriers in shared memory, one full and, EMPTY later, one empty for each buffer; CLUSTER: and two of what its CTAs send each other.
+constexpr int K_FULL = 0, V_FULL = K_FULL + 8 * STAGES, Q_FULL = V_FULL + 8 * STAGES, STATES_FULL = Q_FULL + 8 * Q_STAGES, RESULTS_FULL = STATES_FULL + 8;
+constexpr int TILE_FULL = RESULTS_FULL + 8, EMPTY = TILE_FULL + 8 * TILE_SLOTS, BARRIER_BYTES = 2 * EMPTY;
+constexpr int K_EMPTY = K_FULL + EMPTY, V_EMPTY = V_FULL + EMPTY, Q_EMPTY = Q_FULL + EMPTY, TILE_EMPTY = TILE_FULL + EMPTY;
 
 // Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
 template <int BUFFERS>
@@ -70,7 +70,7 @@ struct WorkTile {
     int q_start, q_length;       // in queries
     int q_row, q_offset, q_batch;
     int k_length, k_row, k_offset, k_batch;
-    int first_block, end_block;  // SPLIT: the blocks of keys of this split; then
+    int first_block, rest_block, end_block;  // SPLIT: the blocks of keys of this split; TRANSPOSED: one, and the rest of them. Then
     int split, splits;           // its number, and how many the tile has
     int run_begin, run_end;      // those of them that are in this CTA's share
     int first_splits;            // those in the share of the CTA that has the first one
@@ -91,7 +91,10 @@ struct Sequence {
     int q_start, q_length, k_start, k_length, k_batch;
 };
 
-__device__ __forceinline__ Sequence sequence(const Arguments& args, int batch) {
+// cache_seqlens of a sequence, where there are any.
+__device__ __forceinline__ int cached_keys(const Arguments& args, int batch) { return args.cache_seqlens != nullptr ? args.cache_seqlens[batch] : 0; }
+
+__device__ __forceinline__ Sequence sequence(const Arguments& args, int batch, int cached_keys) {
     Sequence seq = {0, args.seqlen_q, 0, args.seqlen_k, batch};
     if (MAY_BE_PACKED && args.cu_seqlens_q != nullptr) {
         seq.q_start = args.cu_seqlens_q[batch];
@@ -103,7 +106,7 @@ __device__ __forceinline__ Sequence sequence(const Arguments& args, int batch) {
         seq.k_batch = 0;
     } else if (args.cache_seqlens != nullptr) {
         seq.k_start = args.cache_leftpad != nullptr ? max(0, args.cache_leftpad[batch]) : 0;
-        const int end = args.cache_seqlens[batch] + (args.new_keys < 0 ? seq.q_length : args.new_keys);
+        const int end = cached_keys + (args.new_keys < 0 ? seq.q_length : args.new_keys);
         seq.k_length = max(0, min(end, args.seqlen_k) - seq.k_start);
         if (args.cache_batch_idx != nullptr) seq.k_batch = args.cache_batch_idx[batch];
     }
@@ -143,26 +146,42 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
     if constexpr (SPLIT) {
         if (rows > 0) {
             const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-            // Counted in the smallest tiles that a launch may take, so that the bits are the same with any.
-            const int tiles = (seq.q_length * COUNTED_PACK + COUNTED_ROWS - 1) / COUNTED_ROWS * (args.heads * PACK / COUNTED_PACK);
-            places.split(blocks.begin, blocks.end, tiles, FEWEST_SPLITS, FEW_TILES, LEAST_BLOCKS);
+            if constexpr (TRANSPOSED)
+                places.deal(blocks.begin, blocks.end, args.most_splits, LEAST_BLOCKS);
+            else
+                places.split(blocks.begin, blocks.end, places.m_blocks * args.heads, FEWEST_SPLITS);
         }
     }
     return places;
 }
 
-// Writes the split after `last`, of the same tile, and returns its blocks of keys. The whole warp calls it.
-__device__ __forceinline__ int write_next_split(const WorkTile& last, WorkTile& tile) {
+// Of split `tile.split`. Where few rows meet many keys, the first blocks of the sequence are dealt to the splits one by one, and only the rest in runs: so
+// it needs no length to know where a split begins (load_ahead).
+__device__ __forceinline__ void write_blocks(const Places& places, WorkTile& tile) {
+    tile.splits = places.splits;
+    if constexpr (TRANSPOSED) {
+        const int rest = places.blocks - 1;
+        tile.first_block = places.first_block + tile.split;
+        tile.rest_block = places.first_block + places.splits + tile.split * rest;
+        tile.end_block = tile.rest_block + rest;
+    } else {
+        tile.first_block = places.first_block + tile.split * places.blocks;
+        tile.end_block = tile.first_block + places.blocks;
+    }
+}
+
+// Writes the split after `last`, of the same tile. The whole warp calls it.
+__device__ __forceinline__ void write_next_split(const WorkTile& last, WorkTile& tile) {
     constexpr int WORDS = sizeof(WorkTile) / 4;
-    const int lane = threadIdx.x % 32, blocks = last.end_block - last.first_block;
+    const int lane = threadIdx.x % 32;
     if (lane < WORDS) reinterpret_cast<int*>(&tile)[lane] = reinterpret_cast<const int*>(&last)[lane];
     __syncwarp();
     if (lane == 0) {
         tile.split = last.split + 1;
-        tile.first_block = last.end_block;
-        tile.end_block = last.end_block + blocks;
+        tile.first_block = TRANSPOSED ? last.first_block + 1 : last.end_block;
+        tile.rest_block = last.end_block;
+        tile.end_block = 2 * last.end_block - (TRANSPOSED ? last.rest_block : last.first_block);
     }
-    return blocks;
 }
 
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
@@ -174,7 +193,7 @@ struct TileList {
     Places own;
     int through;                           // the places of all lanes up to it
     int share, share_start, share_end;  // SPLIT: the places of a CTA, and where its own are
-    int remaining = 0;                  // splits of the last tile found that the share still has
+    int remaining = 0, cost;            // splits of the last tile found that the share still has, and the places that each takes
 
     // SPLIT: every warp of the CTA reads a part of the lengths, warp after warp, and leaves the places of that part. All warps call it.
     __device__ __forceinline__ void prepare(const Arguments& args, int* parts, int warp) {
@@ -242,7 +261,8 @@ struct TileList {
             }
             if (SPLIT && remaining > 0) {  // the same tile goes on, as most do
                 --remaining;
-                return place + write_next_split(last, tile) + 1;
+                write_next_split(last, tile);
+                return place + cost;
             }
             for (; next_batch < args.batch; next_batch += 32) {
                 if (!SPLIT || next_batch != first_batch) look(args, next_batch);  // without SPLIT each time, since it would take registers to keep
@@ -257,7 +277,8 @@ struct TileList {
                             tile.first_row = -1;
                     }
                     if constexpr (SPLIT) remaining = __shfl_sync(~0u, remaining, owner);
-                    return __shfl_sync(~0u, item_start + own.cost, owner);
+                    cost = __shfl_sync(~0u, own.cost, owner);
+                    return __shfl_sync(~0u, item_start, owner) + cost;
                 }
                 before += __shfl_sync(~0u, through, 31);
             }
@@ -270,7 +291,7 @@ struct TileList {
     __device__ __forceinline__ int look(const Arguments& args, int first) {
         const int batch = first + threadIdx.x % 32;
         first_batch = first;
-        seq = batch < args.batch ? sequence(args, batch) : Sequence{};
+        seq = batch < args.batch ? sequence(args, batch, cached_keys(args, batch)) : Sequence{};
         own = sequence_places(args, seq);
         through = inclusive_scan(own.count());
         return __shfl_sync(~0u, through, 31);
@@ -281,9 +302,7 @@ struct TileList {
         write_tile(args, seq, first_batch + threadIdx.x % 32, own.m_blocks - 1 - m_block, number - m_block * args.heads, tile);
         if constexpr (SPLIT) {
             tile.split = item - number * own.splits;
-            tile.splits = own.splits;
-            tile.first_block = own.first_block + tile.split * own.blocks;
-            tile.end_block = tile.first_block + own.blocks;
+            write_blocks(own, tile);
             const int tile_start = start + number * own.splits * own.cost;
             tile.run_begin = own.at_or_after(share_start - tile_start);
             tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
@@ -298,53 +317,6 @@ struct TileList {
     }
 };
 
-// CLUSTER: how many of a tile's splits a CTA of its cluster has: as the host sees to, no more than two.
-__device__ __forceinline__ int splits_of_a_rank(int splits) { return splits > cluster_size() ? 2 : 1; }
-
-// CLUSTER: each tile has a cluster of CTAs, and each of them a run of its splits, in the cluster's order. So a CTA looks at one length. A place is a
-// split's in the run; otherwise as TileList.
-struct RunOfSplits {
-    Sequence seq;
-    Places own;
-    int batch, m_block, head;
-    int count;  // of the run
-
-    __device__ __forceinline__ void prepare(const Arguments& args, int*, int warp) {
-        const int first_of_lane = 32 * (threadIdx.x % 32);  // of all lengths, asked for before warp 0 knows which one it needs
-        if (warp == 2 && args.cache_seqlens != nullptr && first_of_lane < args.batch) prefetch_global(args.cache_seqlens + first_of_lane);
-        if (warp != 0) return;
-        const int tiles = (args.seqlen_q * PACK + TILE_ROWS - 1) / TILE_ROWS * args.heads;
-        batch = divide(cluster_index(), tiles);
-        m_block = divide(cluster_index() - batch * tiles, args.heads);
-        head = cluster_index() - batch * tiles - m_block * args.heads;
-        seq = sequence(args, batch);
-        own = sequence_places(args, seq);  // here, since some of it needs no length and runs while that is on its way
-    }
-
-    __device__ __forceinline__ int begin(const Arguments&, const int*) { return 0; }
-
-    __device__ __forceinline__ int find(const Arguments& args, int place, const WorkTile& last, WorkTile& tile) {
-        if (place == 0) {
-            const int run = splits_of_a_rank(own.splits), begin = cluster_rank() * run;
-            count = min(own.splits - begin, run);
-            if (threadIdx.x % 32 == 0) {
-                write_tile(args, seq, batch, m_block, head, tile);
-                tile.split = tile.run_begin = begin;
-                tile.splits = own.splits;
-                tile.run_end = begin + count;
-                tile.first_block = own.first_block + begin * own.blocks;
-                tile.end_block = tile.first_block + own.blocks;
-                if (count <= 0) tile.first_row = ~tile.first_row;  // there is none, but what the CTA combines is of these rows
-            }
-        } else if (place < count) {
-            write_next_split(last, tile);
-        } else if (threadIdx.x % 32 == 0) {
-            tile.first_row = -1;
-        }
-        return place + 1;
-    }
-};
-
 // Of the TILE_ROWS of a tile, how many its sequence has.
 __device__ __forceinline__ int existing_rows(const WorkTile& tile) { return min(TILE_ROWS, tile.q_length * PACK - tile.first_row); }
 
@@ -352,11 +324,18 @@ __device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile&
     return sequence_mask(args, tile.q_length, tile.k_length);
 }
 
-// The blocks of keys of a tile, or of its split, with those that the warpgroup of the rows from own_first on sees whole.
+// The blocks of keys of a tile, or of its split, with those that the warpgroup of the rows from own_first on sees whole. TRANSPOSED: of a split block
+// `begin` and, if that is before `end`, those from `rest` on.
 __device__ __forceinline__ KeyBlocks tile_blocks(const Arguments& args, const WorkTile& tile, int own_first) {
     const int last_row = min(tile.first_row + TILE_ROWS, tile.q_length * PACK) - 1;
     KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, own_first, own_first + WARPGROUP_ROWS - 1);
-    if constexpr (SPLIT) {
+    if constexpr (TRANSPOSED) {
+        const bool sees_first = blocks.begin <= tile.first_block && tile.first_block < blocks.end;
+        const int rest = max(blocks.begin, tile.rest_block);
+        blocks.begin = sees_first ? tile.first_block : rest;
+        blocks.rest = sees_first ? rest : rest + 1;
+        blocks.end = min(blocks.end, tile.end_block);
+    } else if constexpr (SPLIT) {
         blocks.begin = max(blocks.begin, tile.first_block);
         blocks.end = min(blocks.end, tile.end_block);
     }
@@ -456,14 +435,73 @@ struct Buffers {
     }
 };
 
-// Takes tile after tile, tells the consumers, and loads Q and the blocks of K and V from the last that the tile sees to the first;
-// K runs one block ahead of V. A CTA's first tile is its own number; the others are dealt to whoever asks, so that all end together.
-// Splits are not dealt: a CTA has those of its share.
-template <class List>
-__device__ __forceinline__ void produce(const Arguments& args, List& list, const Buffers& buffers) {
+__device__ __forceinline__ void load_q(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile) {
+    const uint32_t barrier = buffers.barriers + Q_FULL + 8 * stage;
+    mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
+    load_slabs<Q_POLICY>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
+}
+
+__device__ __forceinline__ void load_k(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile, int block) {
+    load_block(args, &args.k, SLABS_QK, buffers.k + stage * K_BYTES, buffers.barriers + K_FULL + 8 * stage, tile, block);
+}
+
+__device__ __forceinline__ void load_v(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile, int block) {
+    load_block(args, &args.v, SLABS_V, buffers.v + stage * V_BYTES, buffers.barriers + V_FULL + 8 * stage, tile, block);
+}
+
+// What the producer warp fills, one tile or split after the other.
+struct Rings {
+    Ring<Q_STAGES> q;
+    Ring<STAGES> k, v;
+
+    // Loads Q and the blocks of K and V, from the last that the tile sees to the first or, TRANSPOSED, the other way; K runs one block ahead of V. Where K
+    // and V lie in pages the whole warp calls it, otherwise one thread. `has_q`, `has_first`: Q, or the first block, is loaded.
+    template <class BeforeBlock, class BeforeLast>
+    __device__ __forceinline__ void fill(const Arguments& args, const Buffers& buffers, const WorkTile& tile, const KeyBlocks& blocks, bool has_q, bool has_first,
+                                         BeforeBlock before_block, BeforeLast before_last) {
+        const int first = TRANSPOSED ? blocks.begin : blocks.end - 1;
+        const auto next_k = [&](int block) {
+            if (!has_first || block != first) {
+                before_block(block);
+                if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * k.stage(), k.phase() ^ 1);
+                load_k(args, buffers, k.stage(), tile, block);
+            }
+            ++k.count;
+        };
+        const auto next_v = [&](int block) {
+            if (!has_first || block != first) {
+                if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * v.stage(), v.phase() ^ 1);
+                load_v(args, buffers, v.stage(), tile, block);
+            }
+            ++v.count;
+        };
+        const auto next_q = [&] {
+            if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
+            if (threadIdx.x == 0 && !has_q) {
+                mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * q.stage(), q.phase() ^ 1);
+                load_q(args, buffers, q.stage(), tile);
+            }
+            ++q.count;
+        };
+        int before = first;
+#pragma unroll 1
+        for (int block = first;; block = TRANSPOSED ? (block == first ? blocks.rest : block + 1) : block - 1) {
+            const bool exists = TRANSPOSED ? block < blocks.end : block >= blocks.begin;
+            if (exists) next_k(block);
+            if (block == first) next_q();
+            if (!exists) before_last();
+            if (block != first) next_v(before);
+            if (!exists) break;
+            before = block;
+        }
+    }
+};
+
+// Takes tile after tile, tells the consumers, and loads what they need. A CTA's first tile is its own number; the others are dealt to whoever asks, so
+// that all end together. Splits are not dealt: a CTA has those of its share.
+__device__ __forceinline__ void produce(const Arguments& args, TileList& list, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
-    Ring<Q_STAGES> q_ring;
-    Ring<STAGES> k_ring, v_ring;
+    Rings rings;
     int asked = 0, place = list.begin(args, buffers.parts);
     const auto ask = [&] {
         if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
@@ -485,37 +523,8 @@ __device__ __forceinline__ void produce(const Arguments& args, List& list, const
         } else {
             ++slot_ring.count;
             mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
-            if (PAGE_ROWS > 0 || threadIdx.x == 0) {
-                const auto load_k = [&](int block) {
-                    const uint32_t stage = k_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * stage, k_ring.phase() ^ 1);
-                    load_block(args, &args.k, SLABS_QK, buffers.k + stage * K_BYTES, buffers.barriers + K_FULL + 8 * stage, tile, block);
-                    ++k_ring.count;
-                };
-                const auto load_v = [&](int block) {
-                    const uint32_t stage = v_ring.stage();
-                    if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * stage, v_ring.phase() ^ 1);
-                    load_block(args, &args.v, SLABS_V, buffers.v + stage * V_BYTES, buffers.barriers + V_FULL + 8 * stage, tile, block);
-                    ++v_ring.count;
-                };
-                const auto load_q = [&] {
-                    if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
-                    const uint32_t stage = q_ring.stage(), barrier = buffers.barriers + Q_FULL + 8 * stage;
-                    if (threadIdx.x == 0) {
-                        mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * stage, q_ring.phase() ^ 1);
-                        mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-                        load_slabs<Q_POLICY>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
-                    }
-                    ++q_ring.count;
-                };
-#pragma unroll 1
-                for (int block = blocks.end - 1; block >= blocks.begin - 1; --block) {
-                    if (block >= blocks.begin) load_k(block);
-                    if (block == blocks.end - 1) load_q();
-                    if (block < blocks.begin) ask();  // late, so that who is done first is served first, and early enough to load the next Q in time
-                    if (block < blocks.end - 1) load_v(block + 1);
-                }
-            }
+            // It asks late, so that who is done first is served first, and early enough to load the next Q in time.
+            if (PAGE_ROWS > 0 || threadIdx.x == 0) rings.fill(args, buffers, tile, blocks, false, false, [](int) {}, ask);
         }
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
     }
@@ -526,38 +535,23 @@ __device__ __forceinline__ void produce(const Arguments& args, List& list, const
     }
 }
 
-__device__ __forceinline__ void make_barriers(uint32_t barriers) {
-    for (int stage = 0; stage < Q_STAGES; ++stage) {
-        mbarrier_init(barriers + Q_FULL + 8 * stage, 1);
-        mbarrier_init(barriers + Q_EMPTY + 8 * stage, CONSUMER_WARPS);
-    }
-    for (int stage = 0; stage < STAGES; ++stage) {
-        mbarrier_init(barriers + K_FULL + 8 * stage, 1);
-        mbarrier_init(barriers + V_FULL + 8 * stage, 1);
-        mbarrier_init(barriers + K_EMPTY + 8 * stage, CONSUMER_WARPS);
-        mbarrier_init(barriers + V_EMPTY + 8 * stage, CONSUMER_WARPS);
-    }
-    for (int slot = 0; slot < TILE_SLOTS; ++slot) {
-        mbarrier_init(barriers + TILE_FULL + 8 * slot, 32);
-        mbarrier_init(barriers + TILE_EMPTY + 8 * slot, CONSUMER_WARPS);
-    }
-    mbarrier_init(barriers + RESULTS_FULL, 1);
-    mbarrier_init_fence();
-}
-
 // A CTA's life: warp 0 produces, the warpgroups from the second on consume. Lengths are read before wait_for_kernel_before(), so append_kv must not
 // write them, nor be itself allowed to start before what wrote them has ended.
 template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
-    typename Either<CLUSTER, RunOfSplits, TileList>::type list;
+    TileList list;
     if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
         prefetch_tensor_map(&args.k);
         prefetch_tensor_map(&args.v);
-        make_barriers(buffers.barriers);
+#pragma unroll
+        for (int barrier = 0; barrier < EMPTY; barrier += 8) {
+            mbarrier_init(buffers.barriers + barrier, barrier < TILE_FULL ? 1 : 32);
+            mbarrier_init(buffers.barriers + barrier + EMPTY, CONSUMER_WARPS);
+        }
+        mbarrier_init_fence();
     }
-    if constexpr (CLUSTER) cluster_arrive();  // who has waited for all may send results to any
     list.prepare(args, buffers.parts, warp);
     __syncthreads();
     if (warp >= 4) {

@@ -90,6 +90,11 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* 
         : "memory");
 }
 
+// Brings one box into L2 (cp.async.bulk.prefetch.tensor, 9.7.9.25.5.3).
+__device__ __forceinline__ void tma_prefetch(const TensorMap* map, int column, int row, int offset, int head, int batch) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(column), "r"(row), "r"(offset), "r"(head), "r"(batch) : "memory");
+}
+
 // ---- warpgroup MMA (9.7.15) ----
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

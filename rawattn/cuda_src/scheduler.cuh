@@ -37,12 +37,20 @@ struct Places {
 
     // Cuts the blocks [begin, end) of keys into equal splits, as many as one sequence of `tiles` needs to fill a GPU: by what this sequence is, not
     // by what else is in the batch, so that its bits are its own.
-    __device__ __forceinline__ void split(int begin, int end, int tiles, int fewest, int few_tiles, int least_blocks) {
-        const int most = tiles < few_tiles ? MAX_SPLITS : MAX_SPLITS / 2;
-        const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, tiles), max(fewest, 1)), most), total = max(0, end - begin);
+    __device__ __forceinline__ void split(int begin, int end, int tiles, int fewest) {
+        const int wanted = min(max(divide(SPLITS_OF_A_SEQUENCE, tiles), max(fewest, 1)), MAX_SPLITS / 2), total = max(0, end - begin);
         first_block = begin;
-        blocks = max(divide_up(total, wanted), min(least_blocks, max(1, (total + 3) / 4)));
+        blocks = max(1, divide_up(total, wanted));
         splits = max(1, divide_up(total, blocks));
         cost = blocks + 1;  // the start and the end of a split take about as long as a block
+    }
+
+    // Likewise, but deals a block to each split, and then the rest of the blocks in runs. `most` splits are what a sequence of so many tiles needs.
+    __device__ __forceinline__ void deal(int begin, int end, int most, int least_blocks) {
+        const int total = max(1, end - begin);
+        first_block = begin;
+        splits = min(most, max(min(total, 4), (total + least_blocks - 1) / least_blocks));
+        blocks = divide_up(total, splits);
+        cost = blocks + 1;
     }
 };

@@ -3,11 +3,18 @@
 
 constexpr float NEGATIVE_INFINITY = -1.0f / 0.0f, LN2 = 0.693147182f;
 
-// What the exponents of a row are relative to, rounded once, so that its rounding error is the same everywhere and cancels.
-__device__ __forceinline__ float exponent_shift(float max, float scale_log2) { return __fmul_rn(max, scale_log2); }
+// What the exponents of a row are relative to, rounded once, so that its rounding error is the same everywhere and cancels. TRANSPOSED: RowStates has it
+// instead of the maximum, rounded to a whole number, so that rescaling is exact and it does not matter when it happens.
+__device__ __forceinline__ float exponent_shift(float max, float scale_log2) { return TRANSPOSED ? max : __fmul_rn(max, scale_log2); }
+
+// 2^exponent of a whole exponent that is not positive; 0 below -126, and of NaN. The sum's low bits are the exponent's field.
+__device__ __forceinline__ float power_of_two(float exponent) {
+    return __int_as_float(__float_as_int(fmaxf(exponent, -127.0f) + (12582912.0f + 127.0f)) << 23);
+}
 
 // By what is to be multiplied that was accumulated before the maximum moved: exactly 1 if it did not.
 __device__ __forceinline__ float rescale_factor(float old_max, float max, float scale_log2) {
+    if (TRANSPOSED) return power_of_two(old_max - max);
     return max == old_max ? 1.0f : exp2_approx(exponent_shift(old_max, scale_log2) - exponent_shift(max, scale_log2));
 }
 
@@ -17,7 +24,7 @@ __device__ __forceinline__ float exponent_offset(float max, float scale_log2) { 
 // What is known of a thread's rows.
 template <int ROWS>
 struct RowStates {
-    float max[ROWS];  // of the raw scores so far
+    float max[ROWS];  // of the raw scores so far; TRANSPOSED: see exponent_shift
     float sum[ROWS];  // of exp over the thread's own keys so far; over all keys once it was reduced
 
     __device__ __forceinline__ void reset() {
@@ -26,10 +33,11 @@ struct RowStates {
     }
 };
 
-// A row's output is to be multiplied by `inverse`; `lse` is its log-sum-exp. A row without a key has output 0 and LSE -inf; a NaN stays one.
-__device__ __forceinline__ void normalise(float max, float sum, float scale_log2, float& inverse, float& lse) {
+// A row's output is to be multiplied by `inverse`; `lse` is its log-sum-exp, `offset` being the exponent_offset of its maximum. A row without a key has
+// output 0 and LSE -inf; a NaN stays one.
+__device__ __forceinline__ void normalise(float offset, float sum, float& inverse, float& lse) {
     inverse = sum == 0.0f ? 0.0f : reciprocal_approx(sum);
-    lse = sum == 0.0f ? NEGATIVE_INFINITY : fmaf(exponent_offset(max, scale_log2), LN2, logf(sum));
+    lse = sum == 0.0f ? NEGATIVE_INFINITY : fmaf(offset, LN2, logf(sum));
 }
 
 // Takes two sets of a row's keys together, always with the same operations, wherever it happens.

@@ -5,62 +5,20 @@
 
 constexpr int COLUMNS = 4;  // of a row, that one thread combines at a time
 
-// Where a tile's results lie that are to be taken together: in the workspace, that of the share which has the first splits before all others. A row is
-// one of the warpgroup's.
-struct WorkspaceResults {
-    const float* outs;     // [results, partial_rows, Dv], from the warpgroup's first row on
-    const float2* states;  // [results, partial_rows, 4]
-    int results, partial_rows, first, existing;
-
-    __device__ __forceinline__ WorkspaceResults(const Arguments& args, const WorkTile& tile, int warpgroup)
-        : results(tile.splits - tile.first_splits + 1), partial_rows(args.partial_rows), first(WARPGROUP_ROWS * warpgroup),
-          existing(min(WARPGROUP_ROWS, existing_rows(tile) - first)) {
-        const Partial from = partial(args, tile, tile.first_splits - 1, first);
-        outs = from.out;
-        states = from.state;
-    }
-    __device__ __forceinline__ int count() const { return results; }
-    __device__ __forceinline__ int first_row() const { return first; }
-    __device__ __forceinline__ int rows() const { return existing; }
-    __device__ __forceinline__ int first_column() const { return 0; }
-    __device__ __forceinline__ int columns() const { return HEAD_DIM_V; }
-    __device__ __forceinline__ int row_of(int task) const { return task / (HEAD_DIM_V / COLUMNS); }
-    __device__ __forceinline__ float2 state(int result, int row) const { return __ldcg(states + 4 * (result * partial_rows + row)); }
-    __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
-        return __ldcg(reinterpret_cast<const float4*>(outs + (result * partial_rows + row) * HEAD_DIM_V + column));
-    }
-};
-
-// Or in the shared memory of a cluster's CTA: of its columns, each split's apart, as the CTAs have sent them.
-struct ClusterResults {
-    const float* outs;     // [splits, columns_of_rank, paired_rows]
-    const float2* states;  // [splits, paired_rows]
-    int splits, existing_rows, paired_rows, columns_of_rank;
-
-    __device__ __forceinline__ int count() const { return splits; }
-    __device__ __forceinline__ int first_row() const { return 0; }
-    __device__ __forceinline__ int rows() const { return existing_rows; }
-    __device__ __forceinline__ int first_column() const { return cluster_rank() * columns_of_rank; }
-    __device__ __forceinline__ int columns() const { return max(0, min(columns_of_rank, HEAD_DIM_V - first_column())); }
-    __device__ __forceinline__ int row_of(int task) const { return divide(task, columns() / COLUMNS); }
-    __device__ __forceinline__ float2 state(int result, int row) const { return states[result * paired_rows + row]; }
-    __device__ __forceinline__ float4 outputs(int result, int row, int column) const {
-        const float* first = outs + (result * columns_of_rank + column) * paired_rows + row;
-        return make_float4(first[0], first[paired_rows], first[2 * paired_rows], first[3 * paired_rows]);
-    }
-};
-
-// Takes the results of a tile together in their order, and writes the output. Of its tasks, four columns of a row each, `threads` threads have their share.
-template <class Results>
-__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, const Results& results, int thread, int threads) {
-    const int count = results.count(), tasks_of_row = results.columns() / COLUMNS, tasks = results.rows() * tasks_of_row;
-    for (int first_task = thread; first_task < tasks; first_task += threads * TASKS_IN_FLIGHT) {
+// Takes the results of a tile that wait in the workspace together in their order, and writes the output of the rows of a warpgroup. Of its tasks, four columns
+// of a row each, the warpgroup's threads have their share.
+__device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup) {
+    constexpr int TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;
+    const int first_row = WARPGROUP_ROWS * warpgroup, tasks = min(WARPGROUP_ROWS, existing_rows(tile) - first_row) * TASKS_OF_ROW;
+    const int count = tile.splits - tile.first_splits + 1;  // the share that has the first splits has one result of all of them
+    const Partial from = partial(args, tile, tile.first_splits - 1, first_row);
+    for (int first_task = threadIdx.x % 128; first_task < tasks; first_task += 128 * TASKS_IN_FLIGHT) {
         int rows[TASKS_IN_FLIGHT], columns[TASKS_IN_FLIGHT];
 #pragma unroll
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-            const int task = min(first_task + threads * t, tasks - 1);
-            rows[t] = results.row_of(task);
-            columns[t] = COLUMNS * (task - rows[t] * tasks_of_row);
+            const int task = min(first_task + 128 * t, tasks - 1);
+            rows[t] = task / TASKS_OF_ROW;
+            columns[t] = COLUMNS * (task % TASKS_OF_ROW);
         }
         float outputs[TASKS_IN_FLIGHT][COLUMNS] = {};
         RowStates<TASKS_IN_FLIGHT> of_rows;
@@ -73,8 +31,9 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
             for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
 #pragma unroll
                 for (int i = 0; i < RESULTS_IN_FLIGHT; ++i) {  // rather the last one again than a branch for each
-                    states[t][i] = results.state(min(first + i, count - 1), rows[t]);
-                    loaded[t][i] = results.outputs(min(first + i, count - 1), rows[t], columns[t]);
+                    const int row = min(first + i, count - 1) * args.partial_rows + rows[t];
+                    states[t][i] = __ldcg(from.state + 4 * row);
+                    loaded[t][i] = __ldcg(reinterpret_cast<const float4*>(from.out + row * HEAD_DIM_V + columns[t]));
                 }
             }
 #pragma unroll
@@ -94,14 +53,13 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
         }
 #pragma unroll
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
-            if (first_task + threads * t >= tasks) break;
+            if (first_task + 128 * t >= tasks) break;
             float inverse, lse;
-            normalise(of_rows.max[t], of_rows.sum[t], args.scale_log2, inverse, lse);
-            const Destination to = destination(args, tile, results.first_row() + rows[t]);
+            normalise(exponent_offset(of_rows.max[t], args.scale_log2), of_rows.sum[t], inverse, lse);
+            const Destination to = destination(args, tile, first_row + rows[t]);
             const float (&output)[COLUMNS] = outputs[t];
-            const int column = results.first_column() + columns[t];
-            store_global_8(to.out + 2 * column, pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
-            if (to.lse != nullptr && column == 0) *to.lse = lse;
+            store_global_8(to.out + 2 * columns[t], pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
+            if (to.lse != nullptr && columns[t] == 0) *to.lse = lse;
         }
     }
 }
@@ -149,9 +107,6 @@ __device__ __forceinline__ bool join_splits(const Arguments& args, const WorkTil
     }
     named_barrier_sync(own_barrier, 128);
     carried_states.reset();  // spent; tells the compiler that it needs no registers from here on
-    if (is_last[warpgroup]) {
-        const WorkspaceResults results(args, tile, warpgroup);
-        combine(args, tile, results, threadIdx.x % 128, 128);
-    }
+    if (is_last[warpgroup]) combine(args, tile, warpgroup);
     return false;
 }
