@@ -448,7 +448,7 @@ def test_where_nothing_was_measured_nothing_is_drawn(lab: SimpleNamespace, tmp_p
 
 def test_the_committed_plot_is_of_the_committed_run(tmp_path: Path) -> None:
     cases, where = bench_plot.read(bench_plot.RESULTS / "prefill_beside_peers.json")
-    assert where.startswith("NVIDIA H100") and plots.implementations(cases) == ["rawattn", "cudnn", "fa3"]
+    assert where.startswith("NVIDIA H100") and plots.implementations(cases) == ["rawattn", "cudnn", "fa3", "fa4"]
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[plot]'")
     figure = bench_plot.prefill(bench_plot.RESULTS / "prefill_beside_peers.json")
     titles = [axis.get_title() for axis in figure.axes]
