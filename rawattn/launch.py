@@ -401,7 +401,7 @@ class Plan:
         fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
-        if not (page_table_stride or {"cache_batch_idx", "cache_leftpad"} & set(lengths) or spec.mask == "window"):
+        if not (spec.page_rows or {"cache_batch_idx", "cache_leftpad"} & set(lengths) or spec.mask == "window"):
             fields["loads_ahead"] = 1 if q_is_rotated else 2  # nothing but the length says where the first keys are
 
         self._lengths = [POINTERS.index(name) for name in lengths]

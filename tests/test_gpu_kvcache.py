@@ -378,6 +378,15 @@ def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_
                 assert untouched_outside(out, memory)
 
 
+def test_sequences_may_share_one_row_of_a_page_table() -> None:
+    """Whose stride is 0."""
+    call = selected(decode_step("128, 8 rows, 4 to 1", 16), [7, 7, 7])
+    shared = call | {"page_table": cp.broadcast_to(call["page_table"][:1], call["page_table"].shape)}
+    assert clusters(shared) > 0 and shared["page_table"].strides[0] == 0
+    expected, out = rawattn.attention_with_kvcache(**call), rawattn.attention_with_kvcache(**shared)
+    assert same_bits(out, expected)
+
+
 @pytest.mark.parametrize("rotary", [None, 128])
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_keys_that_are_loaded_while_others_are_appended_change_no_bit(rows: int, rotary: int | None) -> None:
