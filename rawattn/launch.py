@@ -333,6 +333,16 @@ def _workspaces(device: int) -> _Workspaces:
     return _Workspaces()
 
 
+def loads_ahead(spec: KernelSpec, lengths: Sequence[str], q_is_rotated: bool) -> int:
+    """What the CTAs of a cluster load before they know the length: nothing (0), keys, and Q once append_kv has rotated it (1), or both (2).
+
+    That is where nothing else on the device says where the first keys are.
+    """
+    if spec.page_rows or spec.mask == "window" or {"cache_batch_idx", "cache_leftpad"} & set(lengths):
+        return 0
+    return 1 if q_is_rotated else 2
+
+
 class Plan:
     """A compiled attention kernel with the argument block of one geometry. Not thread-safe: the argument block is filled in place.
 
@@ -401,8 +411,7 @@ class Plan:
         fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
-        if not (spec.page_rows or {"cache_batch_idx", "cache_leftpad"} & set(lengths) or spec.mask == "window"):
-            fields["loads_ahead"] = 1 if q_is_rotated else 2  # nothing but the length says where the first keys are
+        fields["loads_ahead"] = loads_ahead(spec, lengths, q_is_rotated)
 
         self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rawattn.checks import LONGEST, window_bounds
 from rawattn.compiler import CUDA_SRC, source
-from rawattn.launch import PLACES_LIMIT
+from rawattn.launch import PLACES_LIMIT, loads_ahead
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
 from rawattn.tiles import (
@@ -497,6 +497,21 @@ def test_64_rows_are_two_tiles_where_these_are_few(
     variant = launch_variant(spec, batch, rows, heads, keys, 132, lambda *_: are_at_once)
     assert variant == (replace(spec, split_rows=rows_of_tile, cluster=cluster > 0), cluster)
     assert variant[0] in launch_variants(spec)
+
+
+@pytest.mark.parametrize("spec, lengths, rotated, expected", [
+    (spec_of_row(128, 128, 8), ["cache_seqlens"], False, 2),
+    (spec_of_row(128, 128, 8), ["cache_seqlens"], True, 1),
+    (spec_of_row(128, 128, 8), [], False, 2),
+    (replace(spec_of_row(128, 128, 8), page_rows=16), ["cache_seqlens", "page_table"], False, 0),
+    (replace(spec_of_row(128, 128, 8), mask="window"), ["cache_seqlens"], False, 0),
+    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_batch_idx"], False, 0),
+    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_leftpad"], True, 0),
+])  # fmt: skip
+def test_keys_are_loaded_before_the_length_where_nothing_else_says_where_they_are(
+    spec: KernelSpec, lengths: list[str], rotated: bool, expected: int
+) -> None:
+    assert loads_ahead(spec, lengths, rotated) == expected
 
 
 # ---- shares: TileList and the splits of a cluster's CTAs, read by a warp of 32 contexts that take turns and meet in each intrinsic
