@@ -490,7 +490,7 @@ struct Rings {
             if (exists) next_k(block);
             if (block == first) next_q();
             if (!exists) before_last();
-            if (block != first) next_v(before);
+            if (block != first) next_v(!TRANSPOSED && PAGE_ROWS > 0 ? block + 1 : before);  // with pages registers are scarce
             if (!exists) break;
             before = block;
         }
