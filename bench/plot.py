@@ -17,6 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = {"fa3b": "fa3", "finfer": "flashinfer"}  # other builds and short names of the peers
 
 
+def keep_faster(case: dict[str, Any], peer: str, times: dict[str, float]) -> None:
+    """Of two builds of a peer the faster."""
+    name = NAMES.get(peer, peer)
+    if name not in case or times["us"] < case[name]["us"]:
+        case[name] = times
+
+
 def read(path: Path) -> tuple[list[dict[str, Any]], str]:
     """The cases of a committed run, of two builds of a peer the faster, and where and when it ran."""
     text = path.read_text(encoding="utf-8")
@@ -25,9 +32,8 @@ def read(path: Path) -> tuple[list[dict[str, Any]], str]:
     except json.JSONDecodeError:  # more than one line of JSON
         return from_lines([json.loads(line) for line in text.splitlines() if line.strip()])
     for case in report["cases"]:
-        for build, name in NAMES.items():
-            if build in case:
-                case[name] = min(case.pop(build), case.get(name, {"us": float("inf")}), key=lambda one: one["us"])
+        for build in NAMES.keys() & case:
+            keep_faster(case, build, case.pop(build))
     return report["cases"], f"{report['machine']['gpu']['name']}, {report['date'][:10]}"
 
 
@@ -49,9 +55,7 @@ def from_lines(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
             "causal": line["causal"],
         }
         case = cases.setdefault(tuple(key.values()), key)
-        name = NAMES.get(line["peer"], line["peer"])
-        if name not in case or line["us"] < case[name]["us"]:
-            case[name] = {unit: line[unit] for unit in ("us", "tflops", "gbps") if unit in line}
+        keep_faster(case, line["peer"], {unit: line[unit] for unit in ("us", "tflops", "gbps") if unit in line})
     return list(cases.values()), device
 
 

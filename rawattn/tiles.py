@@ -74,8 +74,8 @@ class Tile:
 
     @property
     def least_blocks(self) -> int:
-        """Blocks of a split at least, if four splits have so many: the combination takes time too."""
-        return (4 if self.tile_m <= 16 else 8) if self.transposed else 1
+        """Where the products are transposed: blocks of a split at least, if four splits have so many: the combination takes time too."""
+        return 4 if self.tile_m <= 16 else 8
 
     def q_stages_of(self, spec: KernelSpec) -> int:
         """q_stages, but 1 in a cluster, which has one tile."""

@@ -179,8 +179,8 @@ __device__ __forceinline__ void exponentiate(Scores& scores, RowStates<ROWS_OF_T
     float rescale[ROWS_OF_THREAD], offset[ROWS_OF_THREAD];
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        offset[r] = max[r] == NEGATIVE_INFINITY ? 0.0f : __fmul_rn(max[r], scale_log2);
-        rescale[r] = exp2_approx(__fmul_rn(states.max[r], scale_log2) - offset[r]);  // 1 if it did not move; 0 changes nothing before the first key
+        offset[r] = exponent_offset(max[r], scale_log2);
+        rescale[r] = exp2_approx(exponent_shift(states.max[r], scale_log2) - offset[r]);  // 1 if it did not move; 0 changes nothing before the first key
         states.max[r] = max[r];
         states.sum[r] *= rescale[r];
     }
@@ -266,7 +266,7 @@ struct Consumer {
         ++v_ring.count;
     }
 
-    // Finds what the tile's split says of each row, with exponents relative to a whole number (exponent_shift): only in the end, since relative to its maximum
+    // Finds what the tile's split says of each row, with exponents relative to a whole number (result_offset): only in the end, since relative to its maximum
     // a row's greatest weight is 1, which rounding P leaves as it is. under_last(): what is to be done once `states` are found, before `output` is.
     template <class UnderLast>
     __device__ __forceinline__ void attend(const WorkTile& tile, Output& output, RowStates<ROWS_OF_THREAD>& states, UnderLast under_last) {
@@ -333,9 +333,9 @@ struct Consumer {
             float factor[ROWS_OF_THREAD];
 #pragma unroll
             for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-                const float exponent = __fmul_rn(states.max[r], args.scale_log2);
-                states.max[r] = rintf(exponent);
-                factor[r] = exp2_approx(exponent - (states.max[r] == NEGATIVE_INFINITY ? 0.0f : states.max[r]));
+                const float shift = exponent_shift(states.max[r], args.scale_log2);
+                states.max[r] = rintf(shift);
+                factor[r] = exp2_approx(shift - result_offset(states.max[r], args.scale_log2));
                 states.sum[r] *= factor[r];
             }
             under_last();
@@ -353,7 +353,7 @@ struct Consumer {
 #pragma unroll
         for (int r = 0; r < ROWS_OF_THREAD; ++r) {
             float lse;
-            normalise(exponent_offset(states.max[r], args.scale_log2), states.sum[r], inverse[r], lse);
+            normalise(result_offset(states.max[r], args.scale_log2), states.sum[r], inverse[r], lse);
             const Destination to = destination(args, tile, tile_row(r));
             if (to.lse != nullptr && speaks_for_row()) *to.lse = lse;
         }

@@ -156,7 +156,7 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
 }
 
 // Of split `tile.split`. Where few rows meet many keys, the first blocks of the sequence are dealt to the splits one by one, and only the rest in runs: so
-// it needs no length to know where a split begins (load_ahead).
+// it needs no length to know where a split begins (start_loads of cluster.cuh).
 __device__ __forceinline__ void write_blocks(const Places& places, WorkTile& tile) {
     tile.splits = places.splits;
     if constexpr (TRANSPOSED) {
@@ -435,20 +435,6 @@ struct Buffers {
     }
 };
 
-__device__ __forceinline__ void load_q(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile) {
-    const uint32_t barrier = buffers.barriers + Q_FULL + 8 * stage;
-    mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
-    load_slabs<Q_POLICY>(&args.q, SLABS_QK, Q_SLAB, buffers.q + stage * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
-}
-
-__device__ __forceinline__ void load_k(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile, int block) {
-    load_block(args, &args.k, SLABS_QK, buffers.k + stage * K_BYTES, buffers.barriers + K_FULL + 8 * stage, tile, block);
-}
-
-__device__ __forceinline__ void load_v(const Arguments& args, const Buffers& buffers, uint32_t stage, const WorkTile& tile, int block) {
-    load_block(args, &args.v, SLABS_V, buffers.v + stage * V_BYTES, buffers.barriers + V_FULL + 8 * stage, tile, block);
-}
-
 // What the producer warp fills, one tile or split after the other.
 struct Rings {
     Ring<Q_STAGES> q;
@@ -464,14 +450,14 @@ struct Rings {
             if (!has_first || block != first) {
                 before_block(block);
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * k.stage(), k.phase() ^ 1);
-                load_k(args, buffers, k.stage(), tile, block);
+                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + K_FULL + 8 * k.stage(), tile, block);
             }
             ++k.count;
         };
         const auto next_v = [&](int block) {
             if (!has_first || block != first) {
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * v.stage(), v.phase() ^ 1);
-                load_v(args, buffers, v.stage(), tile, block);
+                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + V_FULL + 8 * v.stage(), tile, block);
             }
             ++v.count;
         };
@@ -479,7 +465,9 @@ struct Rings {
             if (SPLIT && tile.split != tile.run_begin) return;  // it stays for all splits of the tile
             if (threadIdx.x == 0 && !has_q) {
                 mbarrier_wait(buffers.barriers + Q_EMPTY + 8 * q.stage(), q.phase() ^ 1);
-                load_q(args, buffers, q.stage(), tile);
+                const uint32_t barrier = buffers.barriers + Q_FULL + 8 * q.stage();
+                mbarrier_arrive_expect(barrier, SLABS_QK * TILE_ROWS * SLAB_BYTES);
+                load_slabs<Q_POLICY>(&args.q, SLABS_QK, Q_SLAB, buffers.q + q.stage() * Q_BYTES, barrier, tile.q_row, tile.q_offset, tile.head, tile.q_batch);
             }
             ++q.count;
         };

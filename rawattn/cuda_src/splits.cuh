@@ -55,7 +55,7 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
             if (first_task + 128 * t >= tasks) break;
             float inverse, lse;
-            normalise(exponent_offset(of_rows.max[t], args.scale_log2), of_rows.sum[t], inverse, lse);
+            normalise(result_offset(of_rows.max[t], args.scale_log2), of_rows.sum[t], inverse, lse);
             const Destination to = destination(args, tile, first_row + rows[t]);
             const float (&output)[COLUMNS] = outputs[t];
             store_global_8(to.out + 2 * columns[t], pack2(output[0] * inverse, output[1] * inverse), pack2(output[2] * inverse, output[3] * inverse));
