@@ -105,6 +105,12 @@ __device__ __forceinline__ void produce_splits(const Arguments& args, const Buff
 
 // ---- the results ----
 
+constexpr int ROWS_AT_ONCE = ROWS_OF_THREAD < 4 ? ROWS_OF_THREAD : 4;  // of a column, that a thread sends in one store
+constexpr int ROW_UNIT = ROWS_AT_ONCE == 4 ? 16 : 2;  // rows of a tile are sent in so many
+
+// Where a row is among those of a result: what a thread has of a column is side by side.
+__device__ __forceinline__ int place_of_row(int row) { return ROWS_AT_ONCE == 4 ? (row & ~15) + (row & 6) * 2 + (row & 8) / 4 + (row & 1) : row; }
+
 // What a row's results come to.
 struct alignas(16) RowEnd {
     char* out;
@@ -113,14 +119,14 @@ struct alignas(16) RowEnd {
 
 // Where the CTAs send what they found. Each gets, of every split, those columns that it combines, and the states of all rows.
 struct ResultBuffers {
-    int rows;             // of the tile, in pairs
+    int rows;             // of the tile, in units
     int columns_of_rank;  // of all CTAs as many, in the last one perhaps some beyond Dv
-    float* outs;          // [splits, columns_of_rank, rows]
+    float* outs;          // [splits, columns_of_rank, rows], each row at its place
     RowEnd* ends;         // [rows]
     float2* states;       // [splits, rows]: what the exponents are relative to, by which the factor of the split's output is then replaced, and the sum
 
     __device__ __forceinline__ ResultBuffers(const Arguments& args, float* memory)
-        : rows((min(TILE_ROWS, args.seqlen_q * PACK - m_block_of_cluster(args) * TILE_ROWS) + 1) / 2 * 2),
+        : rows((min(TILE_ROWS, args.seqlen_q * PACK - m_block_of_cluster(args) * TILE_ROWS) + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT),
           columns_of_rank(64 * SLABS_V >> (__ffs(cluster_size()) - 1)),  // the size is a power of two
           outs(memory), ends(reinterpret_cast<RowEnd*>(memory + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS)), states(reinterpret_cast<float2*>(ends + TILE_M)) {}
 };
@@ -158,8 +164,9 @@ struct ResultAddresses {
 __device__ __forceinline__ void send_states(const ResultAddresses& to, const ResultBuffers& buffers, const RowStates<ROWS_OF_THREAD>& states) {
     if (to.told_rank() >= cluster_size()) return;
 #pragma unroll
-    for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        if (tile_row(r) < buffers.rows) store_cluster_8(to.states + 8 * tile_row(r), states.max[r], states.sum[r], to.states_barrier);
+    for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
+        if (tile_row(r) >= buffers.rows) continue;
+        store_cluster_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier);
     }
 }
 
@@ -169,8 +176,14 @@ __device__ __forceinline__ void send_output(const ResultAddresses& to, const Res
         const int first = to.register_of_column(c);
         if (output_column(first) >= HEAD_DIM_V) continue;
 #pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
-            if (tile_row(r) < buffers.rows) store_cluster_8(to.outs[c] + 4 * tile_row(r), output[first + 2 * r], output[first + 2 * r + 1], to.outs_barriers[c]);
+        for (int r = 0; r < ROWS_OF_THREAD; r += ROWS_AT_ONCE) {
+            const float* rows = output + first + 2 * r;  // r and r + 1, then two registers of another column
+            const uint32_t address = to.outs[c] + 4 * place_of_row(tile_row(r));
+            if (tile_row(r) >= buffers.rows) continue;
+            if constexpr (ROWS_AT_ONCE == 4)
+                store_cluster_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c]);
+            else
+                store_cluster_8(address, rows[0], rows[1], to.outs_barriers[c]);
         }
     }
 }
@@ -210,9 +223,9 @@ __device__ __forceinline__ void combine_splits(const Arguments& args, const Work
         mbarrier_arrive_expect(barriers + RESULTS_FULL, 4 * tile.splits * from.rows * columns);
     }
     // While the results are on their way, each row's factors and, by other warps, its place:
-    const int other = thread - 32, tasks_of_row = columns / 2;
+    const int other = thread - 32;
     if (other >= 0 && other < rows) from.ends[other].out = destination(args, tile, other).out + 2 * first_column;
-    int row = divide(thread, tasks_of_row);
+    int pair = divide(thread, rows);
     mbarrier_wait_for_cluster(barriers + STATES_FULL, 0);  // also who has no row: a CTA that is sent something must not end
     if (thread < rows) {
         float shift, sum, lse;
@@ -223,10 +236,10 @@ __device__ __forceinline__ void combine_splits(const Arguments& args, const Work
     named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
     mbarrier_wait_for_cluster(barriers + RESULTS_FULL, 0);
 #pragma unroll 1
-    for (int task = thread; task < rows * tasks_of_row; task += CONSUMER_THREADS, row = divide(task, tasks_of_row)) {  // two columns of a row
-        const int column = 2 * (task - row * tasks_of_row);
+    for (int task = thread; task < rows * columns / 2; task += CONSUMER_THREADS, pair = divide(task, rows)) {  // two columns of a row; neighbours have others' banks
+        const int row = task - pair * rows, column = 2 * pair;
         const float2* states = from.states + row;
-        const float* outs = from.outs + column * from.rows + row;
+        const float* outs = from.outs + column * from.rows + place_of_row(row);
         const RowEnd end = from.ends[row];
         float2 output = {};
 #pragma unroll 1

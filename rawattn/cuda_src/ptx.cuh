@@ -206,6 +206,11 @@ __device__ __forceinline__ void store_cluster_8(uint32_t address, float x, float
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address), "f"(x), "f"(y), "r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void store_cluster_16(uint32_t address, float x, float y, float z, float w, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier)
+                 : "memory");
+}
+
 // ---- registers, barriers between warpgroups ----
 
 // setmaxnreg (9.7.20.5)
