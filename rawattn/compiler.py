@@ -384,19 +384,17 @@ def store(name: str, data: bytes) -> None:
 # ---- cubin -> kernel
 
 
-def load(spec: KernelSpec | AppendSpec, before_cluster: bool = False) -> Any:
+def load(spec: KernelSpec | AppendSpec) -> Any:
     """The kernel of `spec` on the current device, a cupy.cuda.function.Function ready for its dynamic shared memory.
-
-    An append_kv `before_cluster` runs beside an attention in clusters, which could not start on an SM that has its memory as L1 cache.
 
     Call it as kernel(grid, block, args, shared_mem=tile_for(spec).shared_memory_bytes(spec)). A second call is a dictionary look-up.
     Raises UnsupportedEnvironment, with the remedy, or CompileError.
     """
-    return _load(spec, before_cluster, current_device())
+    return _load(spec, current_device())
 
 
 @functools.cache
-def _load(spec: KernelSpec | AppendSpec, before_cluster: bool, device: int) -> Any:
+def _load(spec: KernelSpec | AppendSpec, device: int) -> Any:
     check_gpu(device)
     cupy = _cupy()
     driver, module = cupy.cuda.driver, cupy.cuda.function.Module()
@@ -417,8 +415,6 @@ def _load(spec: KernelSpec | AppendSpec, before_cluster: bool, device: int) -> A
         driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
         if spec.cluster:
             driver.funcSetAttribute(kernel.ptr, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
-    elif before_cluster:
-        driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     return kernel
 
 

@@ -19,6 +19,16 @@ from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
 from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, small_tiles, tile_for, tile_rows, tiles_of_sequence
 
+# struct Append of cuda_src/append.cuh
+_CACHED_ROWS, _TABLES = ("k", "v", "k_cache", "v_cache"), ("rotary_cos", "rotary_sin")
+_ROWS = np.dtype([("data", "u8"), ("strides", "3i8")])
+APPEND = np.dtype(
+    [
+        *((name, _ROWS) for name in _CACHED_ROWS),
+        *((name, "u8") for name in _TABLES),
+        *((name, "i4") for name in ("rotary_dim", "max_position", "interleaved", "query_advances")),
+    ]
+)
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
     "out", "lse", "next_tile", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table",
@@ -27,10 +37,10 @@ POINTERS = (
 ARGUMENTS = np.dtype(
     {
         "names": ["maps", *POINTERS, "out_strides", "lse_batch_stride", "page_table_stride", "sizes", "new_keys", "mask", "heads_per_group",
-                  "page_size", "partial_rows", "most_splits", "scale_log2", "loads_ahead"],
-        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4", "i4"],
-        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568, 572],
-        "itemsize": 576,
+                  "page_size", "partial_rows", "most_splits", "scale_log2", "loads_ahead", "append"],
+        "formats": ["V384", *["u8"] * len(POINTERS), "3i8", "i8", "i8", "4i4", "i4", "3i4", "i4", "i4", "i4", "i4", "f4", "i4", APPEND],
+        "offsets": [0, *range(384, 480, 8), 480, 504, 512, 520, 536, 540, 552, 556, 560, 564, 568, 572, 576],
+        "itemsize": 768,
     }
 )  # fmt: skip
 PLACES_LIMIT, QUOTIENT_LIMIT = 1 << 30, 1 << 21  # of the list of tiles: what int and divide() of cuda_src/scheduler.cuh are right for
@@ -42,6 +52,12 @@ OVERLAP_DRIVER = 12030  # the first CUDA whose graphs keep that a kernel may sta
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZEROS = 0, 3, 2, 3, 0
+
+
+def _append_of(block: np.ndarray, arguments: np.dtype) -> np.ndarray:
+    """The record of new keys, (1,) of APPEND, in the bytes of a kernel's arguments."""
+    assert arguments.fields is not None
+    return block[arguments.fields["append"][1] :][: APPEND.itemsize].view(APPEND)
 
 
 @functools.cache
@@ -333,14 +349,9 @@ def _workspaces(device: int) -> _Workspaces:
     return _Workspaces()
 
 
-def loads_ahead(spec: KernelSpec, lengths: Sequence[str], q_is_rotated: bool) -> int:
-    """What the CTAs of a cluster load before they know the length: nothing (0), keys, and Q once append_kv has rotated it (1), or both (2).
-
-    That is where nothing else on the device says where the first keys are.
-    """
-    if spec.page_rows or spec.mask == "window" or {"cache_batch_idx", "cache_leftpad"} & set(lengths):
-        return 0
-    return 1 if q_is_rotated else 2
+def loads_ahead(spec: KernelSpec, lengths: Sequence[str]) -> bool:
+    """Whether the CTAs of a cluster load before they know the length: where nothing else on the device says where the first keys are."""
+    return not (spec.page_rows or spec.mask == "window" or {"cache_batch_idx", "cache_leftpad"} & set(lengths))
 
 
 class Plan:
@@ -349,14 +360,13 @@ class Plan:
     q is (B, Sq, Hq, D) or packed; k and v are like it or, where the keys are a cache, (B_cache, S_max, Hkv, D) or pages (N, page_size,
     Hkv, D). Of a cache a sequence has at most `capacity` keys: `new_keys` more than cache_seqlens says, -1 being as many as it has queries.
     `lengths` names the arrays that launch() is given after q, k and v, among POINTERS. It `overlaps` the append_kv that is launched right
-    before it, which may have written q as well (`q_is_rotated`).
+    before it. `append` is the kernel's record of new keys, for which there may be none.
     """
 
     def __init__(
         self, spec: KernelSpec, q: Array, k: Array, v: Array, out: Array, *,
         batch: int, left: int, right: int, bottom_right: bool, scale: float,
         lengths: Sequence[str] = (), capacity: int | None = None, new_keys: int = 0, page_table_stride: int = 0, overlaps: bool = False,
-        q_is_rotated: bool = False,
     ):  # fmt: skip
         import cupy
 
@@ -411,7 +421,8 @@ class Plan:
         fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
-        fields["loads_ahead"] = loads_ahead(spec, lengths, q_is_rotated)
+        fields["loads_ahead"] = loads_ahead(spec, lengths)
+        self.append = _append_of(block, ARGUMENTS)
 
         self._lengths = [POINTERS.index(name) for name in lengths]
         self._workspaces: _Workspaces | None = None
@@ -454,16 +465,13 @@ class Plan:
             self._kernel.launch(stream)
 
 
-# struct Rows and struct Arguments of cuda_src/append_kv.cu
-_APPEND_ROWS = ("q", "rotated_q", "k", "v", "k_cache", "v_cache")
-_APPEND_POINTERS = ("rotary_cos", "rotary_sin", "cu_seqlens_q", "cache_seqlens", "cache_batch_idx", "page_table")
-_APPEND_SIZES = (
-    "batch", "seqlen_q", "q_heads", "kv_heads", "head_dim", "head_dim_v", "capacity", "page_size", "rotary_dim", "max_position",
-    "lanes", "interleaved", "query_advances",
-)  # fmt: skip
+# struct Arguments of cuda_src/append_kv.cu
+_APPEND_POINTERS = ("cu_seqlens_q", "cache_seqlens", "cache_batch_idx", "page_table")
+_APPEND_SIZES = ("batch", "seqlen_q", "q_heads", "kv_heads", "head_dim", "head_dim_v", "capacity", "page_size", "lanes")
 APPEND_ARGUMENTS = np.dtype(
     [
-        *((name, [("data", "u8"), ("strides", "3i8")]) for name in _APPEND_ROWS),
+        *((name, _ROWS) for name in ("q", "rotated_q")),
+        ("append", APPEND),
         *((name, "u8") for name in _APPEND_POINTERS),
         ("page_table_stride", "i8"),
         *((name, "i4") for name in _APPEND_SIZES),
@@ -473,8 +481,72 @@ APPEND_ARGUMENTS = np.dtype(
 APPEND_THREADS = 128
 
 
+class _NewRows:
+    """A kernel's record of the new keys and values that it appends, (1,) of APPEND."""
+
+    def __init__(self, record: np.ndarray, views: dict[str, Array], interleaved: bool, query_advances: bool):
+        cos = views.get("rotary_cos")
+        fields = record[0]
+        for name in _CACHED_ROWS:
+            fields[name]["strides"] = _strides(views[name])
+        if cos:
+            fields["rotary_dim"], fields["max_position"] = 2 * cos.shape[1], cos.shape[0]
+        fields["interleaved"], fields["query_advances"] = interleaved, query_advances
+        words = record.view(np.uint64)
+        rows = 4 * len(_CACHED_ROWS)
+        self._rows, self._tables = words[:rows:4], words[rows:][: len(_TABLES)]  # three strides follow each row's address
+
+    def point_to(self, at: dict[str, int]) -> None:
+        self._rows[:] = [at[name] for name in _CACHED_ROWS]
+        self._tables[:] = [at.get(name, 0) for name in _TABLES]
+
+
+def _strides(rows: Array) -> tuple[int, ...]:
+    """Bytes from batch to batch (0 where sequences are packed), row to row and head to head."""
+    *batch_stride, row_stride, head_stride, _ = rows.strides
+    return (*(batch_stride or [0]), row_stride, head_stride)
+
+
+class _AppendKernel:
+    """append_kv on one geometry: for an attention that does not append by itself."""
+
+    def __init__(
+        self, views: dict[str, Array], rotated_q: Array | None, *, page_table_stride: int, interleaved: bool, query_advances: bool
+    ):
+        q, k, v = views["q"], views["k_cache"], views["v_cache"]
+        block = np.zeros(1, APPEND_ARGUMENTS)
+        fields = block[0]
+        for name, rows in (("q", q), ("rotated_q", rotated_q)):
+            fields[name]["strides"] = (0, 0, 0) if rows is None else _strides(rows)
+        self._new_rows = _NewRows(_append_of(block.view(np.uint8), APPEND_ARGUMENTS), views, interleaved, query_advances)
+        self._rotates = rotated_q is not None
+        words = block.view(np.uint64)
+        self._q = words[:8:4]
+        self._pointers = words[(8 * 8 + APPEND.itemsize) // 8 :][: len(_APPEND_POINTERS)]
+        lanes = 1 << (max(q.shape[-1], v.shape[-1]) // 8 - 1).bit_length()
+        batch = checks.batch_of(views)
+        sizes = dict(
+            batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
+            capacity=checks.capacity_of(views), page_size=k.shape[1], lanes=lanes,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            fields[name] = size
+        fields["page_table_stride"] = page_table_stride
+        tokens = q.shape[-3] * (1 if len(q.shape) == 3 else batch)
+        tasks = tokens * (2 * k.shape[-2] + (q.shape[-2] if self._rotates else 0))
+        if tasks >= 1 << 32:
+            raise ValueError(f"k has shape {views['k'].shape}: {tasks} heads to write, with those of q; needed: under 2^32")
+        self._kernel = _BoundKernel(load(AppendSpec(q.dtype)), (-(-tasks * lanes // APPEND_THREADS), 1, 1), APPEND_THREADS, 0, block)
+
+    def launch(self, stream: int, at: dict[str, int]) -> None:
+        self._q[:] = at["q"], at.get("rotated_q", 0)
+        self._new_rows.point_to(at)
+        self._pointers[:] = [at.get(name, 0) for name in _APPEND_POINTERS]
+        self._kernel.launch(stream)
+
+
 class CachePlan:
-    """attention_with_kvcache on one geometry: the kernel that appends and rotates, where there are new keys, and then the attention.
+    """attention_with_kvcache on one geometry. The kernel of few queries appends and rotates by itself, before others append_kv does.
 
     `views` are the arrays that the call was given, by the names of its arguments; launch() takes their addresses in the same order.
     """
@@ -490,62 +562,45 @@ class CachePlan:
         rows_q = None if ragged else q.shape[1]
         page_size = k.shape[1] if page_table else 0
         spec = cache_spec(q.dtype, q.shape[-1], v.shape[-1], ratio, k.shape[-2], mask, rows_q, page_size)
-        cos = views.get("rotary_cos")
-        if cos:  # the kernel reads the rotated copy
-            q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
+        needs_kernel = appends and not tile_for(spec).transposed
+        rotated_q: Array | None = None
+        if needs_kernel and "rotary_cos" in views:
+            q = rotated_q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))
         self._names = tuple(views)
         self._lengths = [name for name in POINTERS if name in views]
         self._attention = Plan(
             spec, q, k, v, out, batch=batch, left=left, right=right, bottom_right=True, scale=scale,
             lengths=self._lengths, capacity=capacity, new_keys=0 if not appends else -1 if ragged else q.shape[1],
-            page_table_stride=page_table_stride, overlaps=appends, q_is_rotated=bool(cos),
+            page_table_stride=page_table_stride, overlaps=needs_kernel,
         )  # fmt: skip
-        self._append: _BoundKernel | None = None
-        if not appends:
-            return
-        block = np.zeros(1, APPEND_ARGUMENTS)
-        words = block.view(np.uint64)
-        self._row_pointers = words[: 4 * len(_APPEND_ROWS) : 4]  # three strides follow each
-        self._append_pointers = words[4 * len(_APPEND_ROWS) :][: len(_APPEND_POINTERS)]
-        fields = block[0]
-        rows = views | {"rotated_q": q} if cos else views
-        for name in rows.keys() & _APPEND_ROWS:
-            *batch_stride, row_stride, head_stride, _ = rows[name].strides
-            fields[name]["strides"] = (*(batch_stride or [0]), row_stride, head_stride)
-        lanes = 1 << (max(q.shape[-1], v.shape[-1]) // 8 - 1).bit_length()
-        sizes = dict(
-            batch=batch, seqlen_q=q.shape[-3], q_heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], head_dim_v=v.shape[-1],
-            capacity=capacity, page_size=k.shape[1], rotary_dim=2 * cos.shape[1] if cos else 0, max_position=cos.shape[0] if cos else 0,
-            lanes=lanes, interleaved=interleaved, query_advances=mask != "full" or rows_q == 1,
-        )  # fmt: skip
-        for name, size in sizes.items():
-            fields[name] = size
-        fields["page_table_stride"] = page_table_stride
-        tokens = q.shape[-3] * (1 if ragged else batch)
-        tasks = tokens * (2 * k.shape[-2] + (q.shape[-2] if cos else 0))
-        if tasks >= 1 << 32:
-            raise ValueError(f"k has shape {views['k'].shape}: {tasks} heads to write, with those of q; needed: under 2^32")
-        kernel = load(AppendSpec(q.dtype), before_cluster=self._attention.cluster > 0)
-        self._append = _BoundKernel(kernel, (-(-tasks * lanes // APPEND_THREADS), 1, 1), APPEND_THREADS, 0, block)
+        self._append: _AppendKernel | None = None
+        self._new_rows: _NewRows | None = None
+        query_advances = mask != "full" or rows_q == 1
+        if needs_kernel:
+            self._append = _AppendKernel(
+                views, rotated_q, page_table_stride=page_table_stride, interleaved=interleaved, query_advances=query_advances
+            )
+        elif appends:
+            self._new_rows = _NewRows(self._attention.append, views, interleaved, query_advances)
         import cupy
 
         self._workspaces, self._rotated_q_offset = _workspaces(cupy.cuda.Device().id), 0
-        if cos:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
+        if rotated_q:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
             self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
             self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
 
     def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
         at = dict(zip(self._names, addresses, strict=True))
         if self._append is None:
+            if self._new_rows is not None:
+                self._new_rows.point_to(at)
             self._attend(stream, out, lse, at)
             return
         with self._workspaces.lock:
             if self._rotated_q_offset:
                 # Asked for before the attention asks for less, since one that grows moves.
                 at["rotated_q"] = self._workspaces.address(stream, self._workspace_bytes) + self._rotated_q_offset
-            self._row_pointers[:] = [at.get(name, 0) for name in _APPEND_ROWS]
-            self._append_pointers[:] = [at.get(name, 0) for name in _APPEND_POINTERS]
-            self._append.launch(stream)
+            self._append.launch(stream, at)
             self._attend(stream, out, lse, at)
 
     def _attend(self, stream: int, out: int, lse: int, at: dict[str, int]) -> None:

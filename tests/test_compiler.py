@@ -456,34 +456,50 @@ def test_import_leaves_cupy_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def struct_layout(file: str) -> tuple[list[tuple[int, int]], int]:
-    """(offset, size) of the members of a kernel's struct Arguments, and its size, by the rules of C."""
-    text = re.sub(r"//.*", "", (compiler.CUDA_SRC / file).read_text())
-    body = re.search(r"struct Arguments \{(.*?)\};", text, re.S)
+def struct_layout(text: str, name: str = "Arguments") -> tuple[list[tuple[int, int]], int]:
+    """(offset, size) of the members of a kernel's struct, and its size, by the rules of C; those of Rows are kept together."""
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.S)
     assert body
+    declared = re.findall(r"^    ((?:const )?(?:long long|\w+)\*?) ([\w, ]+);", body[1], re.MULTILINE)
     sizes = {"TensorMap": (128, 64), "Rows": (32, 8), "long long": (8, 8), "int": (4, 4), "unsigned": (4, 4), "float": (4, 4)}
     members, end, largest = [], 0, 1
-    for kind, names in re.findall(r"((?:const )?(?:long long|\w+)\*?) ([\w, ]+);", body[1]):
-        size, alignment = (8, 8) if kind.endswith("*") else sizes[kind]
+    for kind, names in declared:
+        inner: list[tuple[int, int]] = []
+        if kind.endswith("*"):
+            size, alignment = 8, 8
+        elif kind in sizes:
+            size, alignment = sizes[kind]
+        else:
+            inner, size = struct_layout(text, kind)
+            alignment = 8
         largest = max(largest, alignment)
         for _ in names.split(","):
             end = -(-end // alignment) * alignment
-            members.append((end, size))
+            members += [(end + offset, of_member) for offset, of_member in inner] or [(end, size)]
             end += size
     return members, -(-end // largest) * largest
 
 
+def starts(dtype: np.dtype) -> list[int]:
+    """Offsets of the fields, those of rows kept together."""
+    assert dtype.fields is not None
+    found: list[int] = []
+    for field, offset, *_ in dtype.fields.values():
+        if field.fields is not None and "data" not in field.fields:
+            found += [offset + start for start in starts(field)]
+        elif field.fields is None and field.shape:  # an array of what are members of their own in the struct
+            found += range(offset, offset + field.itemsize, field.base.itemsize)
+        else:
+            found.append(offset)
+    return sorted(found)
+
+
 @pytest.mark.parametrize("file, dtype", [("append_kv.cu", APPEND_ARGUMENTS), ("pipeline.cuh", ARGUMENTS)], ids=["append_kv", "attention"])
 def test_the_host_lays_arguments_out_as_the_kernel_reads_them(file: str, dtype: np.dtype) -> None:
-    members, size = struct_layout(file)
-    assert dtype.fields is not None and dtype.names is not None
-    starts: list[int] = []
-    for field, offset, *_ in dtype.fields.values():
-        if field.fields is None and field.shape:  # an array of what are members of their own in the struct
-            starts += range(offset, offset + field.itemsize, field.base.itemsize)
-        else:
-            starts.append(offset)
+    text = re.sub(r"//.*", "", (compiler.CUDA_SRC / "append.cuh").read_text() + (compiler.CUDA_SRC / file).read_text())
+    members, size = struct_layout(text)
+    assert dtype.names is not None
     kept = [offset for offset, size in members if size != 128]  # the tensor maps are one field
-    assert sorted(starts)[dtype.names[0] == "maps" :] == kept
+    assert starts(dtype)[dtype.names[0] == "maps" :] == kept
     assert dtype.itemsize == size
     assert size % 8 == 0  # the host reaches pointers as 64-bit words

@@ -499,19 +499,18 @@ def test_64_rows_are_two_tiles_where_these_are_few(
     assert variant[0] in launch_variants(spec)
 
 
-@pytest.mark.parametrize("spec, lengths, rotated, expected", [
-    (spec_of_row(128, 128, 8), ["cache_seqlens"], False, 2),
-    (spec_of_row(128, 128, 8), ["cache_seqlens"], True, 1),
-    (spec_of_row(128, 128, 8), [], False, 2),
-    (replace(spec_of_row(128, 128, 8), page_rows=16), ["cache_seqlens", "page_table"], False, 0),
-    (replace(spec_of_row(128, 128, 8), mask="window"), ["cache_seqlens"], False, 0),
-    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_batch_idx"], False, 0),
-    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_leftpad"], True, 0),
+@pytest.mark.parametrize("spec, lengths, expected", [
+    (spec_of_row(128, 128, 8), ["cache_seqlens"], True),
+    (spec_of_row(128, 128, 8), [], True),
+    (replace(spec_of_row(128, 128, 8), page_rows=16), ["cache_seqlens", "page_table"], False),
+    (replace(spec_of_row(128, 128, 8), mask="window"), ["cache_seqlens"], False),
+    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_batch_idx"], False),
+    (spec_of_row(128, 128, 8), ["cache_seqlens", "cache_leftpad"], False),
 ])  # fmt: skip
 def test_keys_are_loaded_before_the_length_where_nothing_else_says_where_they_are(
-    spec: KernelSpec, lengths: list[str], rotated: bool, expected: int
+    spec: KernelSpec, lengths: list[str], expected: bool
 ) -> None:
-    assert loads_ahead(spec, lengths, rotated) == expected
+    assert loads_ahead(spec, lengths) == expected
 
 
 # ---- shares: TileList and the splits of a cluster's CTAs, read by a warp of 32 contexts that take turns and meet in each intrinsic
@@ -522,6 +521,7 @@ WARP = """
 
 struct float2 { float x, y; };
 struct alignas(64) TensorMap { char bytes[128]; };
+struct Append {};
 
 struct Place { int x, y, z; };
 
@@ -645,7 +645,7 @@ def tile_lists(tmp_path_factory: pytest.TempPathFactory) -> dict[KernelSpec, cty
     """pipeline.cuh up to what one tile is and cluster.cuh up to what a CTA loads, for each spec."""
     kernel, _ = (CUDA_SRC / "pipeline.cuh").read_text(encoding="utf-8").split("// Where row `tile_row` of a tile goes", 1)
     kernel += (CUDA_SRC / "cluster.cuh").read_text(encoding="utf-8").split("// ---- the first keys ----", 1)[0]
-    kernel = re.sub(r'#include "(ptx|softmax).cuh"', "", kernel)  # what they declare needs a GPU
+    kernel = re.sub(r'#include "(ptx|append|softmax).cuh"', "", kernel)  # what they declare needs a GPU
     folder, libraries = tmp_path_factory.mktemp("tile_lists"), {}
     for spec in SPLIT_SPECS + CLUSTER_SPECS:
         constants = "\n".join(re.findall(r"^constexpr \w+ \w+ = \w+;$", source(spec), re.MULTILINE))

@@ -159,6 +159,26 @@ __device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, in
     }
 }
 
+// Rotates the warpgroup's rows of Q where they lie in shared memory, once they are there.
+__device__ __forceinline__ void rotate_queries(const Arguments& args, const WorkTile& tile, int warpgroup, int cached_keys, uint32_t q_smem, uint32_t q_full, uint32_t phase) {
+    const Rotary& rotary = args.append.rotary;
+    const int first_row = WARPGROUP_ROWS * warpgroup, tasks_of_row = rotary.dim / (rotary.interleaved ? 8 : 16);
+    for (int task = threadIdx.x % 128; task < min(WARPGROUP_ROWS, existing_rows(tile) - first_row) * tasks_of_row; task += 128) {
+        const int row = divide(task, tasks_of_row), column = 8 * (task - row * tasks_of_row), query = (tile.first_row + first_row + row) / PACK;
+        const Angles angles = rotary.angles(cached_keys + (rotary.query_advances ? query : 0), column);
+        const auto address = [&](int column) { return q_smem + column / 64 * Q_SLAB + row * SLAB_BYTES + (column % 64 / 8 ^ row % 8) * 16; };
+        Chunk<4> own, partner = {};
+        mbarrier_wait(q_full, phase);
+        load_shared_16(address(column), own.words);
+        if (!rotary.interleaved) load_shared_16(address(column + rotary.dim / 2), partner.words);
+        rotary.turn(own, partner, angles);
+        store_shared_16(address(column), own.words);
+        if (!rotary.interleaved) store_shared_16(address(column + rotary.dim / 2), partner.words);
+    }
+    async_proxy_fence();
+    named_barrier_sync(warpgroup_barrier(), 128);
+}
+
 // Begins the softmax of a block: the maxima of a warp's raw scores.
 __device__ __forceinline__ void find_max(const Scores& scores, const RowStates<ROWS_OF_THREAD>& states, float* exchange) {
     float max[ROWS_OF_THREAD];
@@ -269,7 +289,7 @@ struct Consumer {
     // Finds what the tile's split says of each row, with exponents relative to a whole number (result_offset): only in the end, since relative to its maximum
     // a row's greatest weight is 1, which rounding P leaves as it is. under_last(): what is to be done once `states` are found, before `output` is.
     template <class UnderLast>
-    __device__ __forceinline__ void attend(const WorkTile& tile, Output& output, RowStates<ROWS_OF_THREAD>& states, UnderLast under_last) {
+    __device__ __forceinline__ void attend(const WorkTile& tile, int cached_keys, Output& output, RowStates<ROWS_OF_THREAD>& states, UnderLast under_last) {
         const KeyBlocks blocks = tile_blocks(args, tile, tile.first_row + WARPGROUP_ROWS * warpgroup);
         const Mask mask = tile_mask(args, tile);
         // Rounding P to 16 bits is harmless where many keys average it out. Sequences whose first query has few keys add what the rounding lost.
@@ -279,10 +299,15 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] = 0.0f;
         states.reset();
-        if (tile.split == tile.run_begin) mbarrier_wait(buffers.barriers + Q_FULL + 8 * q_ring.stage(), q_ring.phase());
+        const uint32_t q_smem = buffers.q + q_ring.stage() * Q_BYTES + WARPGROUP_ROWS * SLAB_BYTES * warpgroup;
+        if (tile.split == tile.run_begin) {
+            const uint32_t q_full = buffers.barriers + Q_FULL + 8 * q_ring.stage();
+            if (args.append.rotary.dim > 0) rotate_queries(args, tile, warpgroup, cached_keys, q_smem, q_full, q_ring.phase());
+            mbarrier_wait(q_full, q_ring.phase());
+        }
         const auto start_scores = [&] {
             mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
-            issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + WARPGROUP_ROWS * SLAB_BYTES * warpgroup, buffers.k + k_ring.stage() * K_BYTES);
+            issue_scores(scores, q_smem, buffers.k + k_ring.stage() * K_BYTES);
         };
         const auto start_output = [&] {
             mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
@@ -377,7 +402,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
         if (tile.first_row < 0) break;
         Output output;
         RowStates<ROWS_OF_THREAD> states;
-        consumer.attend(tile, output, states, [] {});
+        consumer.attend(tile, args.append.rotary.dim > 0 ? cached_keys(args, tile.batch) : 0, output, states, [] {});
         if (tile.split == tile.run_end - 1) {
             if (consumer.signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * consumer.q_ring.stage());
             ++consumer.q_ring.count;
@@ -394,12 +419,14 @@ __device__ __forceinline__ void consume_splits(const Arguments& args, const Buff
     const ResultBuffers results(args, consumer.more);
     ResultAddresses addresses(results, buffers.barriers);
     cluster_wait();  // from here on the barriers are there, and results may be sent to all
+    const int query = threadIdx.x - 128;
+    if (args.append.rotary.dim > 0 && query < args.seqlen_q) args.append.rotary.prefetch(cached_keys + query);  // rotate_queries() wants it
     WorkTile tile = first_split(args, cached_keys);
     if (args.loads_ahead != 0 && !is_as_loaded(args, tile, tile_blocks(args, tile, tile.first_row))) consumer.pass_over();
     for (; tile.split < tile.splits; go_to_next_split(tile)) {
         Output output;
         RowStates<ROWS_OF_THREAD> states;
-        consumer.attend(tile, output, states, [&] {
+        consumer.attend(tile, cached_keys, output, states, [&] {
             if (tile.splits > 1) send_states(addresses, results, states);
         });
         if (tile.splits == 1) return consumer.finish(tile, output, states);
@@ -420,6 +447,8 @@ __device__ __forceinline__ void run_cluster(const Arguments& args, const Buffers
     } else if (warp == 0) {
         cluster_wait();
         produce_splits(args, buffers, cached);
+    } else if (args.append.k.data != nullptr) {
+        append_for_cta(args, buffers, cached);
     }
 }
 

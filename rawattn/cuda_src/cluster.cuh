@@ -29,15 +29,14 @@ __device__ __forceinline__ void go_to_next_split(WorkTile& tile) {
 // ---- the first keys ----
 
 // Makes the barriers, and asks for the first blocks of K and V and for Q. Two warps call it, one for K and then V, one for Q: the code, which no cache has
-// yet, comes once, and V does not keep K waiting. Keys before the cached length may be read beside append_kv, which does not write them; others are not
-// used (is_as_loaded).
+// yet, comes once, and V does not keep K waiting. What turns out to be no old key is not used (is_as_loaded).
 __device__ __forceinline__ void start_loads(const Arguments& args, const Buffers& buffers, bool is_q) {
     const bool speaks = threadIdx.x % 32 == 0;
     if (speaks) {
         const uint32_t first = buffers.barriers + (is_q ? Q_FULL : K_FULL);
 #pragma unroll
-        for (int i = 0; i < max(2 * STAGES, 3); ++i) {
-            if (i >= (is_q ? 3 : 2 * STAGES)) break;  // beside those of K are those of V, and beside that of Q those of what the CTAs send each other
+        for (int i = 0; i < max(2 * STAGES, 4); ++i) {
+            if (i >= (is_q ? 4 : 2 * STAGES)) break;  // beside those of K are those of V, and beside that of Q those of a cluster alone
             mbarrier_init(first + 8 * i, 1);
             mbarrier_init(first + EMPTY + 8 * i, CONSUMER_WARPS);
         }
@@ -48,10 +47,6 @@ __device__ __forceinline__ void start_loads(const Arguments& args, const Buffers
     if (!speaks || args.loads_ahead == 0) return;
     WorkTile tile;  // as if the cache were full: the map begins at the first key
     write_tile(args, {0, args.seqlen_q, 0, args.seqlen_k, int(blockIdx.z)}, blockIdx.z, m_block_of_cluster(args), blockIdx.y, tile);
-    if (is_q && args.loads_ahead == 1) {
-        tma_prefetch(&args.q, 0, tile.q_row, tile.q_offset, tile.head, blockIdx.z);  // not for what is there yet, but to look its page up
-        wait_for_kernel_before();
-    }
 #pragma unroll 1
     for (int is_v = 0; is_v < (is_q ? 1 : 2); ++is_v) {
         const TensorMap* map = is_q ? &args.q : is_v ? &args.v : &args.k;
@@ -62,14 +57,20 @@ __device__ __forceinline__ void start_loads(const Arguments& args, const Buffers
     }
 }
 
-// Whether append_kv writes no key of the block.
-__device__ __forceinline__ bool is_old(const Arguments& args, const WorkTile& tile, int block) {
-    return (block + 1) * TILE_N <= tile.k_length - (args.new_keys < 0 ? tile.q_length : args.new_keys);
-}
-
 // Whether the CTA's first split does begin with the block that was loaded ahead. If not, that counts as one that nobody uses.
 __device__ __forceinline__ bool is_as_loaded(const Arguments& args, const WorkTile& tile, const KeyBlocks& blocks) {
     return blocks.begin == cluster_rank() && blocks.begin < blocks.end && is_old(args, tile, blocks.begin);
+}
+
+// Warp 3 calls it.
+__device__ __forceinline__ void append_for_cta(const Arguments& args, const Buffers& buffers, int cached_keys) {
+    append_new_keys(args, blockIdx.z, blockIdx.y * PACK / GQA_RATIO, cached_keys, [&] {
+        bool is_needed = false;
+        for (WorkTile tile = first_split(args, cached_keys); tile.split < tile.splits; go_to_next_split(tile)) is_needed |= has_new_keys(args, tile);
+        return is_needed;
+    });
+    cluster_wait();  // the barrier is there
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + APPENDED);
 }
 
 // Warp 0 calls it.
@@ -86,13 +87,8 @@ __device__ __forceinline__ void produce_splits(const Arguments& args, const Buff
     }
     Rings rings;
     if (has_loaded && !has_first) rings.k.count = rings.v.count = 1;
-    bool waits = has_loaded;
-    if (!has_loaded) wait_for_kernel_before();
     const auto wait_for_new_keys = [&](int block) {
-        if (waits && !is_old(args, tile, block)) {
-            wait_for_kernel_before();
-            waits = false;
-        }
+        if (args.append.k.data != nullptr && !is_old(args, tile, block)) mbarrier_wait(buffers.barriers + APPENDED, 0);
     };
     while (tile.split < tile.splits) {
         rings.fill(args, buffers, tile, blocks, has_loaded, has_first, wait_for_new_keys, [] {});
@@ -100,7 +96,6 @@ __device__ __forceinline__ void produce_splits(const Arguments& args, const Buff
         go_to_next_split(tile);
         blocks = tile_blocks(args, tile, tile.first_row);
     }
-    if (waits) wait_for_kernel_before();  // who comes after this kernel waits for it alone
 }
 
 // ---- the results ----

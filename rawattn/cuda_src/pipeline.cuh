@@ -2,6 +2,7 @@
 // producer warp, which feeds Q, K and V through TMA into a ring of shared-memory stages.
 #pragma once
 #include "ptx.cuh"
+#include "append.cuh"
 #include "scheduler.cuh"
 #include "mask.cuh"
 #include "softmax.cuh"
@@ -34,7 +35,8 @@ struct Arguments {
     int page_size;
     int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits; TRANSPOSED: as many as a long sequence's tiles have
     float scale_log2;                                             // softmax scale * log2(e)
-    int loads_ahead;                                              // CLUSTER: before the length, nothing (0), keys and what append_kv makes of Q (1), or keys and Q (2)
+    int loads_ahead;                                              // CLUSTER: whether the first keys and Q are loaded before the length is known (1) or not (0)
+    Append append;                                                // TRANSPOSED
 };
 
 constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one period of the 128-byte swizzle
@@ -49,9 +51,10 @@ constexpr int WARPGROUP_ROWS = TILE_M / CONSUMER_WARPGROUPS;
 constexpr bool MAY_BE_PACKED = !TRANSPOSED;  // transposed tiles have the few queries that the host knows each sequence to have
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
-// Byte offsets of the mbarriers in shared memory, one full and, EMPTY later, one empty for each buffer; CLUSTER: and two of what its CTAs send each other.
+// Byte offsets of the mbarriers in shared memory, one full and, EMPTY later, one empty for each buffer; CLUSTER: and two of what its CTAs send each
+// other, and one of new keys.
 constexpr int K_FULL = 0, V_FULL = K_FULL + 8 * STAGES, Q_FULL = V_FULL + 8 * STAGES, STATES_FULL = Q_FULL + 8 * Q_STAGES, RESULTS_FULL = STATES_FULL + 8;
-constexpr int TILE_FULL = RESULTS_FULL + 8, EMPTY = TILE_FULL + 8 * TILE_SLOTS, BARRIER_BYTES = 2 * EMPTY;
+constexpr int APPENDED = RESULTS_FULL + 8, TILE_FULL = APPENDED + 8, EMPTY = TILE_FULL + 8 * TILE_SLOTS, BARRIER_BYTES = 2 * EMPTY;
 constexpr int K_EMPTY = K_FULL + EMPTY, V_EMPTY = V_FULL + EMPTY, Q_EMPTY = Q_FULL + EMPTY, TILE_EMPTY = TILE_FULL + EMPTY;
 
 // Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
@@ -342,6 +345,15 @@ __device__ __forceinline__ KeyBlocks tile_blocks(const Arguments& args, const Wo
     return blocks;
 }
 
+// TRANSPOSED: whether append_new_keys() writes no key of the block.
+__device__ __forceinline__ bool is_old(const Arguments& args, const WorkTile& tile, int block) { return (block + 1) * TILE_N <= tile.k_length - args.new_keys; }
+
+// TRANSPOSED: whether a block that is not old is among those of the split; where there are no keys at all, the first split has it.
+__device__ __forceinline__ bool has_new_keys(const Arguments& args, const WorkTile& tile) {
+    const int first = max(0, tile.k_length - args.new_keys) / TILE_N, end = max(1, (tile.k_length + TILE_N - 1) / TILE_N);
+    return tile.first_block >= first || max(tile.rest_block, first) < min(tile.end_block, end);
+}
+
 // Where row `tile_row` of a tile goes: null if the sequence has no such row, or if nobody asked for the LSE.
 struct Destination {
     char* out;
@@ -485,12 +497,80 @@ struct Rings {
     }
 };
 
+// Puts a sequence's new keys and values of one head into the cache, for TMA to load. Whoever loads them has done it before: the tiles of all query heads of
+// a KV head, if they are several, write the same. A warp calls it, and asks `is_needed` while the new rows are on their way.
+template <class IsNeeded>
+__device__ __forceinline__ void append_new_keys(const Arguments& args, int batch, int kv_head, int cached_keys, IsNeeded is_needed) {
+    constexpr int AT_ONCE = TILE_M <= 16 ? 1 : 4;  // with few queries there are few new rows
+    const Append& append = args.append;
+    const Rotary& rotary = append.rotary;
+    const int pairs = rotary.interleaved ? 0 : rotary.dim / 16;  // of eight columns and their partners, which a key begins with
+    const int of_key = HEAD_DIM / 8 - pairs, keys = args.new_keys * of_key, tasks = keys + args.new_keys * (HEAD_DIM_V / 8);
+#pragma unroll 1
+    for (int first = 0; first < tasks; first += 32 * AT_ONCE) {
+        Chunk<4> own[AT_ONCE] = {}, partner[AT_ONCE] = {};
+        Angles angles[AT_ONCE] = {};
+        char* to[AT_ONCE];
+        bool is_rotated[AT_ONCE], has_partner[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int task = first + 32 * i + threadIdx.x % 32, of_row = task < keys ? of_key : HEAD_DIM_V / 8, in_rows = task < keys ? task : task - keys;
+            const int row = divide(in_rows, of_row), part = in_rows - row * of_row, position = cached_keys + row;
+            const bool is_v = task >= keys;
+            const int column = 8 * (is_v || part < pairs ? part : part + pairs);
+            is_rotated[i] = !is_v && column < rotary.dim;
+            has_partner[i] = is_rotated[i] && !rotary.interleaved;
+            to[i] = nullptr;
+            if (task >= tasks || position < 0 || position >= args.seqlen_k) continue;  // a row that does not fit is dropped
+            const char* from = (is_v ? append.v : append.k).at(batch, row, kv_head) + 2 * column;
+            own[i] = load(from);
+            if (has_partner[i]) partner[i] = load(from + rotary.dim);
+            if (is_rotated[i]) angles[i] = rotary.angles(position, column);
+            int cache_batch = args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, cache_row = position;
+            if constexpr (PAGE_ROWS > 0) {
+                cache_batch = args.page_table[batch * args.page_table_stride + position / args.page_size];
+                cache_row = position % args.page_size;
+            }
+            to[i] = (is_v ? append.v_cache : append.k_cache).at(cache_batch, cache_row, kv_head) + 2 * column;
+        }
+        if (first == 0 && !is_needed()) break;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (to[i] == nullptr) continue;
+            if (is_rotated[i]) rotary.turn(own[i], partner[i], angles[i]);
+            store_global_16(to[i], own[i].words);
+            if (has_partner[i]) store_global_16(to[i] + rotary.dim, partner[i].words);
+        }
+    }
+    global_async_proxy_fence();
+    __syncwarp();
+}
+
+// Appends the new keys of each tile that the CTA takes, while its old ones are loaded. Warp 3 calls it.
+__device__ __forceinline__ void append_for_tiles(const Arguments& args, const Buffers& buffers) {
+    Ring<TILE_SLOTS> slot_ring;
+    while (true) {
+        const uint32_t slot = slot_ring.stage();
+        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+        ++slot_ring.count;
+        const WorkTile& tile = buffers.tile_slots[slot];
+        if (tile.first_row < 0) break;
+        if (has_new_keys(args, tile)) {
+            append_new_keys(args, tile.batch, tile.head * PACK / GQA_RATIO, cached_keys(args, tile.batch), [] { return true; });
+            if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + APPENDED);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+    }
+}
+
 // Takes tile after tile, tells the consumers, and loads what they need. A CTA's first tile is its own number; the others are dealt to whoever asks, so
 // that all end together. Splits are not dealt: a CTA has those of its share.
 __device__ __forceinline__ void produce(const Arguments& args, TileList& list, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Rings rings;
-    int asked = 0, place = list.begin(args, buffers.parts);
+    const bool appends = TRANSPOSED && args.append.k.data != nullptr;
+    int asked = 0, appended = 0, place = list.begin(args, buffers.parts);
     const auto ask = [&] {
         if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
     };
@@ -500,11 +580,11 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
         const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
         typename Either<TRANSPOSED, const WorkTile, const WorkTile&>::type tile = buffers.tile_slots[slot];  // a copy, where there are registers for it
-        if (VARLEN && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
+        if (VARLEN && !TRANSPOSED && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
         if (tile.first_row < 0) break;
         KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
         blocks.end = max(blocks.end, blocks.begin);
-        if (blocks.end == blocks.begin && (!SPLIT || tile.splits == 1)) {
+        if (blocks.end == blocks.begin && (!SPLIT || tile.splits == 1) && !appends) {
             store_empty(args, tile);
             ask();
             __syncwarp();  // and into the same slot
@@ -512,7 +592,20 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
             ++slot_ring.count;
             mbarrier_arrive(buffers.barriers + TILE_FULL + 8 * slot);  // every lane, for any of them may have written the tile
             // It asks late, so that who is done first is served first, and early enough to load the next Q in time.
-            if (PAGE_ROWS > 0 || threadIdx.x == 0) rings.fill(args, buffers, tile, blocks, false, false, [](int) {}, ask);
+            const bool has_new = appends && has_new_keys(args, tile);
+            bool waits = has_new;
+            const auto wait_for_new_keys = [&] {
+                mbarrier_wait(buffers.barriers + APPENDED, appended % 2);
+                waits = false;
+            };
+            const auto before_block = [&](int block) {
+                if (waits && !is_old(args, tile, block)) wait_for_new_keys();
+            };
+            if (PAGE_ROWS > 0 || threadIdx.x == 0) {
+                rings.fill(args, buffers, tile, blocks, false, false, before_block, ask);
+                if (waits) wait_for_new_keys();  // no phase of the barrier is left out
+            }
+            appended += has_new;
         }
         place = SPLIT ? next : gridDim.x + __shfl_sync(~0u, asked, 0);
     }
@@ -528,6 +621,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
 template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
+    const bool appends = TRANSPOSED && args.append.k.data != nullptr;
     TileList list;
     if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
@@ -536,7 +630,7 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
 #pragma unroll
         for (int barrier = 0; barrier < EMPTY; barrier += 8) {
             mbarrier_init(buffers.barriers + barrier, barrier < TILE_FULL ? 1 : 32);
-            mbarrier_init(buffers.barriers + barrier + EMPTY, CONSUMER_WARPS);
+            mbarrier_init(buffers.barriers + barrier + EMPTY, CONSUMER_WARPS + (appends && barrier >= TILE_FULL));
         }
         mbarrier_init_fence();
     }
@@ -550,4 +644,5 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
     // The producer's code follows the start, which its first load waits for.
     if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
     if (warp == 0) produce(args, list, buffers);
+    if (warp == 3 && appends) append_for_tiles(args, buffers);
 }

@@ -90,11 +90,6 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* 
         : "memory");
 }
 
-// Brings one box into L2 (cp.async.bulk.prefetch.tensor, 9.7.9.25.5.3).
-__device__ __forceinline__ void tma_prefetch(const TensorMap* map, int column, int row, int offset, int head, int batch) {
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(column), "r"(row), "r"(offset), "r"(head), "r"(batch) : "memory");
-}
-
 // ---- warpgroup MMA (9.7.15) ----
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -145,7 +140,18 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
 // Makes the thread's writes to shared memory visible to WGMMA (fence.proxy, 9.7.13.4).
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+__device__ __forceinline__ void load_shared_16(uint32_t address, uint32_t (&words)[4]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}
+
 // ---- memory order ----
+
+// Makes the thread's writes to global memory visible to TMA (fence.proxy, 9.7.13.4).
+__device__ __forceinline__ void global_async_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Adds to a counter and returns what it was. Who finds another's addition in it sees what that thread, and those that it had met at a barrier, did in
 // global memory before (atom, 9.7.13.5).
@@ -164,7 +170,7 @@ __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepc
 // Returns at once in a kernel that was launched as usual.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("fence.proxy.async.global;" ::: "memory");
+    global_async_proxy_fence();
 }
 
 // ---- thread block clusters ----
