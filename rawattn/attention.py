@@ -191,7 +191,8 @@ def attention_with_kvcache(
         k_cache: keys (B, S_max, Hkv, D), or pages of them (pages, page_size, Hkv, D) with page_table; any page size from 1 up.
         v_cache: values (B, S_max, Hkv, Dv), or pages of them, likewise.
         k, v: rows to append, (B, Sq, Hkv, D) and (B, Sq, Hkv, Dv), or packed: as many as q has. They are written into k_cache and v_cache,
-            in place, from position cache_seqlens[b] on, and seen by the queries. Without them the cache is only read.
+            in place, from position cache_seqlens[b] on, and seen by the queries. Without them the cache is only read. Where sequences share
+            rows or pages, none may see among its cached keys what another one of the call appends.
         cache_seqlens: (B,) int32, how many keys each sequence has in the cache, without the new ones; or one int for all. An array on a GPU
             is never read by the host, so that a captured CUDA graph replays with new lengths (page_table and the others below likewise).
         page_table: (B, max_pages) int32: position p of sequence b is row p % page_size of page page_table[b, p // page_size]. Entries past

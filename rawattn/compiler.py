@@ -92,20 +92,22 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "LEAST_BLOCKS": tile.least_blocks,
         "MAX_SPLITS": MAX_SPLITS,
         "PAGE_ROWS": spec.page_rows,
-        "TRANSPOSED": tile.transposed,
+        "FEW_ROWS": tile.few_rows,
+        "SHARES_KEYS": tile.shares_keys,
         "BOUND_LEFT": spec.mask == "window",
         "BOUND_RIGHT": spec.mask in ("causal", "window"),
         "VARLEN": spec.varlen,
         "BF16": spec.dtype == "bfloat16",
     }
-    if not tile.transposed:
+    if not tile.few_rows:
         constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
     qk_steps, pv_steps = -(-spec.head_dim // 16), tile.tile_n // 16
     if qk_steps > MOST_STEPS and not spec.split_rows:  # where keys are split, memory is the limit
         qk_steps = 1
-    constants["QK_STEPS_AT_ONCE"] = qk_steps
-    if tile.transposed:
+    if not tile.shares_keys:  # where all are at once
+        constants["QK_STEPS_AT_ONCE"] = qk_steps
+    if tile.few_rows and not tile.shares_keys:
         rows = tile.tile_m // tile.consumer_warpgroups
         scores = _wgmma("wgmma_scores", rows, qk_steps, element, "1, 1, 0, 0")
         output = _wgmma("wgmma_output", rows, pv_steps, element, "1, 1, 1, 0")
@@ -119,7 +121,8 @@ def main_file(spec: KernelSpec | AppendSpec) -> str:
     """The file of cuda_src with the kernel, whose entry point has the name of the file."""
     if isinstance(spec, AppendSpec):
         return "append_kv.cu"
-    return "attention_decode.cu" if tile_for(spec).transposed else "attention_forward.cu"
+    tile = tile_for(spec)
+    return "attention_decode64.cu" if tile.shares_keys else "attention_decode.cu" if tile.few_rows else "attention_forward.cu"
 
 
 def _constants(constants: Mapping[str, int | bool]) -> str:

@@ -17,7 +17,7 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, small_tiles, tile_for, tile_rows, tiles_of_sequence
+from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, tile_for, tile_rows, tiles_of_sequence
 
 # struct Append of cuda_src/append.cuh
 _CACHED_ROWS, _TABLES = ("k", "v", "k_cache", "v_cache"), ("rotary_cos", "rotary_sin")
@@ -428,8 +428,7 @@ class Plan:
         self._workspaces: _Workspaces | None = None
         self._counters: _TileCounters | None = None
         self.workspace_bytes = 0
-        counted = tiles_of_sequence(small_tiles(spec), rows_q, heads) if tile.transposed else heads // spec.pack
-        fields["most_splits"] = most_splits = tile.most_splits(counted)
+        fields["most_splits"] = most_splits = tile.most_splits(of_a_sequence if tile.few_rows else heads // spec.pack)
         if cluster:
             return  # splits meet in shared memory
         if spec.split_rows:
@@ -562,7 +561,7 @@ class CachePlan:
         rows_q = None if ragged else q.shape[1]
         page_size = k.shape[1] if page_table else 0
         spec = cache_spec(q.dtype, q.shape[-1], v.shape[-1], ratio, k.shape[-2], mask, rows_q, page_size)
-        needs_kernel = appends and not tile_for(spec).transposed
+        needs_kernel = appends and not tile_for(spec).few_rows
         rotated_q: Array | None = None
         if needs_kernel and "rotary_cos" in views:
             q = rotated_q = replace(q, owner=None, strides=arrays.contiguous_strides(q.shape, 2))

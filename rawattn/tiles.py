@@ -15,8 +15,6 @@ SHARED_MEMORY_OF_SM = 233472  # of which each CTA takes 1024 more than it asks f
 SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H100, so that one long sequence fills it
 MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
-SMALL_TILE_ROWS = 32  # with few tiles: two for 64 rows end sooner than one, though both load the keys, the second from L2
-LONG_SPLIT = 1024  # keys, of which computing takes longer than joining the splits does
 BUSY_CTAS = 64  # load from memory at its full rate
 # K and V of the heads whose tiles are dealt together, as if each query head had its own, since their Q and output pass through L2 as well
 # (50 MB on an H100): at least and at most, and in between for each key of a sequence.
@@ -33,7 +31,7 @@ def slabs(dim: int) -> int:
 class Tile:
     """The shape of one CTA's work: tile_m query rows against blocks of tile_n keys.
 
-    Each consumer warpgroup owns 64 of the tile_m rows; where the products are transposed, one owns up to 16, and two share up to 64.
+    Each consumer warpgroup owns 64 of the tile_m rows. Of few rows one owns up to 16, or two 16 each, or both all 64 and share the keys.
     K and V each have `stages` buffers of tile_n rows.
     """
 
@@ -45,7 +43,7 @@ class Tile:
     ping_pong: bool  # consumer warpgroups take turns on the tensor cores, so that one's softmax hides under the other's MMA
     reason: str
     ctas_per_sm: int = 1
-    transposed: bool = False  # the rows are columns of the MMAs, whose own 64 rows are keys (attention_decode.cu)
+    few_rows: bool = False  # a tile of decoding: attention_decode.cu, where the MMAs' own 64 rows are keys, or attention_decode64.cu
     short: Tile | None = None  # instead, for sequences of up to SHORT_QUERIES queries that are not packed
 
     def __post_init__(self) -> None:
@@ -56,25 +54,32 @@ class Tile:
 
     @property
     def consumer_warpgroups(self) -> int:
-        return (2 if self.tile_m > 16 else 1) if self.transposed else self.tile_m // 64
+        return (2 if self.tile_m > 16 else 1) if self.few_rows else self.tile_m // 64
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether each consumer warpgroup has all rows, and its share of the keys."""
+        return self.few_rows and self.tile_m == 64
 
     def most_splits(self, tiles: int) -> int:
         """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
-        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits, 1), MAX_SPLITS if tiles < self.few_tiles else MAX_SPLITS // 2)
+        # Where warpgroups share the keys of rows with few of them, no warpgroup has a second block of a split (FEW_KEYS of the kernel).
+        fewest = 2 if self.shares_keys else self.fewest_splits
+        return min(max(SPLITS_OF_A_SEQUENCE // tiles, fewest), MAX_SPLITS if tiles < self.few_tiles else MAX_SPLITS // 2)
 
     @property
     def few_tiles(self) -> int:
         """Where keys are split: fewer tiles than these, in 16 splits each, would not load at the full rate of memory."""
-        return BUSY_CTAS // (MAX_SPLITS // 2) if self.transposed else 1
+        return BUSY_CTAS // (MAX_SPLITS // 2) if self.few_rows else 1
 
     @property
     def fewest_splits(self) -> int:
         """Splits of a tile at least, where rows with few keys keep P in two parts only in the last block of a split."""
-        return 1 if self.transposed else max(1, FEW_KEYS // self.tile_n)
+        return 1 if self.few_rows else max(1, FEW_KEYS // self.tile_n)
 
     @property
     def least_blocks(self) -> int:
-        """Where the products are transposed: blocks of a split at least, if four splits have so many: the combination takes time too."""
+        """Of few rows: blocks of a split at least, if four splits have so many: the combination takes time too."""
         return 4 if self.tile_m <= 16 else 8
 
     def q_stages_of(self, spec: KernelSpec) -> int:
@@ -88,7 +93,12 @@ class Tile:
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
         q = self.q_stages_of(spec) * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
-        if self.transposed:
+        if self.shares_keys:
+            columns = 2 * SLAB // 4 * -(-spec.head_dim_v // (2 * SLAB // 4))  # in whole units of 16 for both warpgroups
+            floats = 2 * columns + 4  # of each row: what the warpgroups exchange, and their states; what is carried
+            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried, and its states
+                floats += columns + 4
+        elif self.few_rows:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
             floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
             if spec.cluster:  # what is sent of two splits for each CTA, instead of carried; the states of all, and what they come to
@@ -142,7 +152,7 @@ TABLE: tuple[tuple[int, int, tuple[str, ...], Tile], ...] = (
 
 
 def _few_rows(rows: int, tile_n: int, q_stages: int, stages: int, reason: str, ctas_per_sm: int = 1) -> Tile:
-    return Tile(rows, tile_n, q_stages, stages, (0, 0), False, reason, ctas_per_sm, transposed=True)
+    return Tile(rows, tile_n, q_stages, stages, (0, 0), False, reason, ctas_per_sm, few_rows=True)
 
 
 # Where keys are split: (largest head_dim, largest head_dim_v, tile); the first row with tile_m = split_rows that holds the spec is used.
@@ -151,12 +161,12 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (64, 64, _few_rows(8, 128, 2, 3, "half the columns, twice the keys: a block is 32 KB as at head_dim 128", 2)),
     (64, 64, _few_rows(16, 128, 1, 2, "as for 8 rows", 2)),
     (64, 64, _few_rows(32, 128, 2, 5, "the registers of 32 rows leave room for one CTA")),
-    (64, 64, _few_rows(64, 128, 2, 4, "as for 32 rows")),
+    (64, 64, _few_rows(64, 128, 2, 4, "rows fill the MMAs; two warpgroups share the keys")),
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
     (128, 128, _few_rows(8, 64, 2, 3, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
     (128, 128, _few_rows(16, 64, 2, 2, "as for 8 rows", 2)),
     (128, 128, _few_rows(32, 64, 2, 5, "the registers of 32 rows leave room for one CTA")),
-    (128, 128, _few_rows(64, 64, 1, 3, "as for 32 rows")),
+    (128, 128, _few_rows(64, 64, 1, 3, "as for 64 columns")),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     *((192, 128, _few_rows(rows, 64, 1, 4, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
     *((192, 192, _few_rows(rows, 64, 1, 3, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
@@ -206,18 +216,9 @@ def cache_spec(
 def splits_of_a_tile(tile: Tile, tiles: int, blocks: int) -> int:
     """Into how many splits the `blocks` of keys of a sequence are cut for each of its `tiles`, as Places of the kernel says."""
     most = tile.most_splits(tiles)
-    if tile.transposed:
+    if tile.few_rows:
         return max(1, min(most, max(min(blocks, 4), -(-blocks // tile.least_blocks))))
     return max(1, -(-blocks // max(1, -(-blocks // most))))
-
-
-def small_tiles(spec: KernelSpec) -> KernelSpec:
-    """The variant of `spec`, whose keys are split, with tiles of no more than SMALL_TILE_ROWS.
-
-    By its tiles the splits of a sequence are counted, whichever variant a launch takes, so that the bits are the same.
-    """
-    rows = min(spec.split_rows, SMALL_TILE_ROWS) if tile_for(spec).transposed else spec.split_rows
-    return replace(spec, split_rows=rows, alone=False)
 
 
 def tile_rows(spec: KernelSpec) -> int:
@@ -230,15 +231,15 @@ def tiles_of_sequence(spec: KernelSpec, rows_q: int, heads: int) -> int:
     return -(-rows_q * spec.pack // tile_rows(spec)) * (heads // spec.pack)
 
 
-def cluster_size(spec: KernelSpec, tiles: int, counted: int, keys: int, multiprocessors: int) -> int:
+def cluster_size(spec: KernelSpec, tiles: int, of_sequence: int, keys: int, multiprocessors: int) -> int:
     """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits had better be shared out instead.
 
     That is so where keys are few enough for one split, and where the clusters of all `tiles` would not be on the GPU at once. Clusters grow
     beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has `keys` keys at most, so that the lengths, which only
-    the device knows, have no say; its splits are counted by `counted` tiles (small_tiles).
+    the device knows, have no say; of the tiles it has `of_sequence`.
     """
     tile = tile_for(spec)
-    splits = splits_of_a_tile(tile, counted, -(-keys // tile.tile_n))  # fewer keys have no more
+    splits = splits_of_a_tile(tile, of_sequence, -(-keys // tile.tile_n))  # fewer keys have no more
     most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while size // 2 >= fewest and tiles * size > multiprocessors:
@@ -264,28 +265,21 @@ def launch_variant(
 
     `are_at_once` says whether the GPU holds as many clusters of so many CTAs as there are tiles.
     """
-    if not tile_for(spec).transposed:
+    if not tile_for(spec).few_rows:
         return spec, 0
-    if is_alone(spec, batch * tiles_of_sequence(spec, rows_q, heads), multiprocessors):
+    of_sequence = tiles_of_sequence(spec, rows_q, heads)
+    tiles, in_cluster = batch * of_sequence, replace(spec, cluster=True)
+    if is_alone(spec, tiles, multiprocessors):
         return replace(spec, alone=True), 0
-    small = small_tiles(spec)
-    counted = tiles_of_sequence(small, rows_q, heads)  # which decides how many splits there are
-    for variant in dict.fromkeys([small, spec]):
-        tiles, cluster = batch * tiles_of_sequence(variant, rows_q, heads), replace(variant, cluster=True)
-        size = cluster_size(cluster, tiles, counted, keys, multiprocessors)
-        if size and (variant == spec or tiles * size <= BUSY_CTAS) and are_at_once(cluster, tiles, size):
-            return cluster, size
-        splits = tile_for(variant).most_splits(counted)
-        if variant != spec and tiles * splits <= multiprocessors and keys >= LONG_SPLIT * splits:
-            return variant, 0
-    return spec, 0
+    size = cluster_size(in_cluster, tiles, of_sequence, keys, multiprocessors)
+    return (in_cluster, size) if size and are_at_once(in_cluster, tiles, size) else (spec, 0)
 
 
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
-    """`spec`, and what a launch may take instead: small tiles, clusters, CTAs that have an SM to themselves."""
+    """`spec`, and what a launch may take instead: clusters, or CTAs that have an SM to themselves."""
     tile, variants = tile_for(spec), [spec]
-    if tile.transposed:
-        variants += [small_tiles(spec), replace(spec, cluster=True), replace(small_tiles(spec), cluster=True)]
+    if tile.few_rows:
+        variants.append(replace(spec, cluster=True))
     if tile.ctas_per_sm > 1:
         variants.append(replace(spec, alone=True))
     return tuple(dict.fromkeys(variants))

@@ -85,9 +85,9 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    for times in (*FEW, ALONE, MANY) if tile_for(spec).transposed else (1,):
+    for times in (*FEW, ALONE, MANY) if tile_for(spec).few_rows else (1,):
         clusters = launch_variant(spec, times * batch, rows, HEADS, CAPACITY, cp.cuda.Device().attributes["MultiProcessorCount"])[1]
-        assert not tile_for(spec).transposed or (clusters > 0) == (times in FEW)
+        assert not tile_for(spec).few_rows or (clusters > 0) == (times in FEW)
         many = cp.concatenate([q] * times)
         out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec), times), **masks, return_lse=True)
         report(f"{spec.name} read by {len(many)}, {clusters} CTAs a cluster", out)

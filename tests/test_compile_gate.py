@@ -41,7 +41,7 @@ def split_specs() -> Iterator[KernelSpec]:
 
 def launch_specs() -> Iterator[KernelSpec]:
     """Each row that may have clusters, or CTAs with an SM to themselves: masks in turn, one dtype without pages and the other with some."""
-    rows = [row for row in SPLIT_TABLE if row[-1].transposed]
+    rows = [row for row in SPLIT_TABLE if row[-1].few_rows]
     for number, ((head_dim, head_dim_v, tile), mask) in enumerate(zip(rows, itertools.cycle(MASKS), strict=False)):
         for dtype, page_rows in zip(DTYPES, (0, 16) if number % 2 else (16, 0), strict=True):
             spec = KernelSpec(dtype, head_dim, head_dim_v, 4, mask, True, tile.tile_m, page_rows)
@@ -79,7 +79,7 @@ def test_every_row_of_the_table_is_reached() -> None:
     assert {(spec.head_dim, spec.split_rows) for spec in SPECS if spec.alone} == {
         (dim, tile.tile_m) for dim, _, tile in SPLIT_TABLE if tile.ctas_per_sm > 1
     }
-    assert {id(tile_for(spec)) for spec in SPECS if spec.cluster} == {id(tile) for *_, tile in SPLIT_TABLE if tile.transposed}
+    assert {id(tile_for(spec)) for spec in SPECS if spec.cluster} == {id(tile) for *_, tile in SPLIT_TABLE if tile.few_rows}
     assert len(set(SPECS)) == len(SPECS)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import gpu_support
@@ -163,10 +162,10 @@ def places(call: dict[str, Any], b: int, first: int, last: int) -> Any:
 
 def clusters(call: dict[str, Any]) -> int:
     """CTAs of each cluster that the call is launched in; 0 if the splits of all sequences are shared out as a list."""
-    (batch, rows, heads, dim), (size, dim_v) = call["q"].shape, (call["k_cache"].shape[1], call["v_cache"].shape[3])
+    (batch, rows, heads, dim), (_, size, heads_k, dim_v) = call["q"].shape, call["v_cache"].shape
     page_size = size if "page_table" in call else 0
     capacity = page_size * call["page_table"].shape[1] if page_size else size
-    spec = cache_spec(call["q"].dtype.name, dim, dim_v, heads // KV_HEADS, KV_HEADS, "causal", rows, page_size)
+    spec = cache_spec(call["q"].dtype.name, dim, dim_v, heads // heads_k, heads_k, "causal", rows, page_size)
     multiprocessors = cp.cuda.Device().attributes["MultiProcessorCount"]
     return launch_variant(spec, batch, rows, heads, capacity, multiprocessors)[1]
 
@@ -390,7 +389,7 @@ def test_sequences_may_share_one_row_of_a_page_table() -> None:
 @pytest.mark.parametrize("rotary", [None, 128])
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_keys_that_are_loaded_while_others_are_appended_change_no_bit(rows: int, rotary: int | None) -> None:
-    """Ten times in clusters, which read old keys before append_kv has ended, beside the list, which waits."""
+    """Ten times in clusters, which load the first keys before they know the length, beside the list."""
     call = make("128", [0, 1, 61, 62, 63, 64, 125, 126, 127, 500], rows, rotary=rotary)
     arrays = [name for name, x in call.items() if isinstance(x, cp.ndarray) and not name.startswith("rotary")]
     many = call | {name: cp.concatenate([call[name]] * 8) for name in arrays}
@@ -403,20 +402,30 @@ def test_keys_that_are_loaded_while_others_are_appended_change_no_bit(rows: int,
         assert same_bits(some["k_cache"], many["k_cache"][:10]) and same_bits(some["v_cache"], many["v_cache"][:10])
 
 
-def test_64_rows_have_the_same_bits_in_two_small_tiles_of_the_list_and_in_one() -> None:
-    """One sequence of many heads and long splits has small tiles, 16 have not; nothing here fits a cluster's rule."""
-    rows, heads, heads_k, capacity = 16, 32, 8, 9216
-    spec, multiprocessors = cache_spec("bfloat16", 128, 128, 4, heads_k, "causal", rows), cp.cuda.Device().attributes["MultiProcessorCount"]
-    launched = [launch_variant(spec, batch, rows, heads, capacity, multiprocessors) for batch in (1, 16)]
-    assert spec.split_rows == 64 and launched == [(replace(spec, split_rows=32), 0), (spec, 0)]
-    caches = {name: normal((1, capacity, heads_k, 128), "bfloat16") for name in ("k_cache", "v_cache")}
-    call = caches | {"q": normal((1, rows, heads, 128), "bfloat16"), "cache_seqlens": device_ints([9001])}
+@pytest.mark.parametrize(
+    "rows, heads, heads_k, dims", [(16, 32, 8, (128, 128)), (9, 28, 4, (128, 72)), (5, 64, 8, (64, 64)), (7, 8, 1, (72, 48))]
+)
+@pytest.mark.parametrize("lengths", [[4000], [9001], [60], [129, 700]])
+def test_more_than_32_rows_have_the_same_bits_in_a_cluster_and_in_the_list(
+    rows: int, heads: int, heads_k: int, dims: tuple[int, int], lengths: list[int]
+) -> None:
+    """Ten times, of one split or many, whose blocks two warpgroups share."""
+    batch, capacity = len(lengths), 9216
+    caches = {name: normal((batch, capacity, heads_k, dim), "bfloat16") for name, dim in zip(("k_cache", "v_cache"), dims, strict=True)}
+    call = caches | {"q": normal((batch, rows, heads, dims[0]), "bfloat16"), "cache_seqlens": device_ints(lengths)}
+    assert clusters(call) > 0
     right, right_lse = assert_right(call)
-    many = {"q": cp.concatenate([call["q"]] * 16), "cache_seqlens": device_ints([9001] * 16), "cache_batch_idx": device_ints([0] * 16)}
-    for some, times in ((call, 1), (caches | many, 16)):
+    times = 32 // batch
+    many = {
+        "q": cp.concatenate([call["q"]] * times),
+        "cache_seqlens": device_ints(lengths * times),
+        "cache_batch_idx": device_ints([*range(batch)] * times),
+    }
+    assert clusters(caches | many) == 0
+    for some, count in ((call, 1), (caches | many, times)):
         for _ in range(10):
             out, lse = rawattn.attention_with_kvcache(**some, return_lse=True)
-            assert all(same_bits(out[b], right[0]) and same_bits(lse[b], right_lse[0]) for b in range(times))
+            assert all(same_bits(out[b], right[b % batch]) and same_bits(lse[b], right_lse[b % batch]) for b in range(count * batch))
 
 
 def test_a_row_of_many_is_the_row_of_one_step() -> None:

@@ -38,7 +38,6 @@ from rawattn.tiles import (
     launch_variant,
     launch_variants,
     slabs,
-    small_tiles,
     split_rows,
     splits_of_a_tile,
     tile_for,
@@ -335,15 +334,16 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
         reached.add(id(tile))
         assert id(tile) in {id(row) for *_, row in SPLIT_TABLE}, spec
         assert tile.tile_m == rows and ratio % spec.pack == 0 and spec.pack <= rows, spec
-        assert tile.tile_n % (64 if tile.transposed else 16) == 0 and tile.tile_n <= 256, spec
+        assert tile.tile_n % (64 if tile.few_rows else 16) == 0 and tile.tile_n <= 256, spec
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
-        if tile.transposed:
+        if tile.few_rows:
             in_cluster = replace(spec, cluster=True)
             assert tile_for(in_cluster) is tile
             assert tile.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
-            q_and_p = rows * (slabs(head_dim) + 2 * slabs(tile.tile_n))
+            q_and_p = rows * (slabs(head_dim) + (0 if tile.shares_keys else 2 * slabs(tile.tile_n)))
             operands = 2 * SLAB * (q_and_p + tile.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v)))
-            sent = 4 * rows * (2 * SLAB * slabs(head_dim_v) + 2 * MAX_SPLITS)  # to a CTA: two splits' worth of columns, and all states
+            # To a CTA: two splits' worth of columns, and all states; or of rows, besides what two warpgroups exchange.
+            sent = 4 * rows * (3 * head_dim_v + 8 if tile.shares_keys else 2 * SLAB * slabs(head_dim_v) + 2 * MAX_SPLITS)
             assert operands + sent <= tile.shared_memory_bytes(in_cluster), spec
         alone = tile_for(replace(spec, alone=True))
         assert alone.ctas_per_sm == 1 and alone.stages == tile.stages * tile.ctas_per_sm
@@ -405,7 +405,7 @@ def test_splits_are_equal_and_cover_the_keys(
     wanted = max(1, fewest, min(SPLITS_OF_A_SEQUENCE // (m_blocks * heads), MAX_SPLITS // 2))
     assert places.blocks == max(1, -(-total // wanted))
     for _, _, tile in SPLIT_TABLE:
-        if not tile.transposed and tile.fewest_splits == fewest:
+        if not tile.few_rows and tile.fewest_splits == fewest:
             assert places.splits == splits_of_a_tile(tile, m_blocks * heads, total)
     compiled = device_code.compiled
     assert compiled["items"](places) == m_blocks * heads * places.splits
@@ -413,7 +413,7 @@ def test_splits_are_equal_and_cover_the_keys(
 
 
 @examples
-@given(st.sampled_from([tile for _, _, tile in SPLIT_TABLE if tile.transposed]), few, st.integers(0, 1000), st.integers(-2, 40000))
+@given(st.sampled_from([tile for _, _, tile in SPLIT_TABLE if tile.few_rows]), few, st.integers(0, 1000), st.integers(-2, 40000))
 def test_each_split_is_dealt_a_block_and_an_equal_run(device_code: DeviceCode, tile: Tile, tiles: int, begin: int, total: int) -> None:
     places = device_code.deal(begin, begin + total, tile.most_splits(tiles), tile.least_blocks)
     total = max(0, total)
@@ -431,7 +431,7 @@ def test_the_split_at_or_after_a_place(device_code: DeviceCode, m_blocks: int, h
     assert item * places.cost >= max(0, place) > (item - 1) * places.cost
 
 
-TRANSPOSED = [(head_dim, head_dim_v, tile) for head_dim, head_dim_v, tile in SPLIT_TABLE if tile.transposed]
+FEW_ROWS = [(head_dim, head_dim_v, tile) for head_dim, head_dim_v, tile in SPLIT_TABLE if tile.few_rows]
 
 
 def spec_of_row(head_dim: int, head_dim_v: int, rows: int) -> KernelSpec:
@@ -439,8 +439,8 @@ def spec_of_row(head_dim: int, head_dim_v: int, rows: int) -> KernelSpec:
 
 
 @examples
-@example(TRANSPOSED[0], 2, 60, 1000, 132)  # nearly a tile for each SM
-@given(st.sampled_from(TRANSPOSED), st.integers(1, 160), st.integers(1, 140), st.integers(0, 100000), st.sampled_from([78, 114, 132]))
+@example(FEW_ROWS[0], 2, 60, 1000, 132)  # nearly a tile for each SM
+@given(st.sampled_from(FEW_ROWS), st.integers(1, 160), st.integers(1, 140), st.integers(0, 100000), st.sampled_from([78, 114, 132]))
 def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
     row: tuple[int, int, Tile], heads: int, batch: int, keys: int, multiprocessors: int
 ) -> None:
@@ -474,28 +474,26 @@ def test_where_nearly_each_sm_has_a_tile_it_has_one_cta(rows: int, tiles: int, a
 
 
 @examples
-@given(st.sampled_from([row for row in SPLIT_TABLE if row not in TRANSPOSED]), st.integers(1, 140), st.integers(0, 100000))
-def test_only_transposed_tiles_have_clusters(row: tuple[int, int, Tile], tiles: int, keys: int) -> None:
+@given(st.sampled_from([row for row in SPLIT_TABLE if row not in FEW_ROWS]), st.integers(1, 140), st.integers(0, 100000))
+def test_only_tiles_of_few_rows_have_clusters(row: tuple[int, int, Tile], tiles: int, keys: int) -> None:
     head_dim, head_dim_v, tile = row
     spec = spec_of_row(head_dim, head_dim_v, tile.tile_m)
     assert launch_variant(spec, tiles, 1, 1, keys, 132) == (spec, 0)
 
 
-@pytest.mark.parametrize("batch, rows, heads, keys, are_at_once, rows_of_tile, cluster", [
-    (1, 32, 8, 4096, True, 32, 8),
-    (1, 33, 4, 4096, True, 32, 8),  # two tiles for each head, in clusters of 64 CTAs together
-    (1, 64, 8, 4096, True, 64, 8),  # which would be 128
-    (1, 64, 8, 8192, True, 32, 0),  # but each long split has an SM
-    (2, 64, 4, 4096, True, 64, 8),
-    (2, 64, 4, 4096, False, 64, 0),
-    (16, 64, 8, 32768, True, 64, 0),
+@pytest.mark.parametrize("batch, rows, heads, keys, are_at_once, cluster", [
+    (1, 32, 8, 4096, True, 8),
+    (1, 64, 8, 4096, True, 8),
+    (2, 64, 4, 4096, True, 8),
+    (2, 64, 4, 4096, False, 0),
+    (16, 64, 8, 32768, True, 0),
 ])  # fmt: skip
-def test_64_rows_are_two_tiles_where_these_are_few(
-    batch: int, rows: int, heads: int, keys: int, are_at_once: bool, rows_of_tile: int, cluster: int
+def test_tiles_have_clusters_where_all_are_on_the_gpu_at_once(
+    batch: int, rows: int, heads: int, keys: int, are_at_once: bool, cluster: int
 ) -> None:
-    spec = spec_of_row(128, 128, 64 if rows > 32 else 32)
+    spec = spec_of_row(128, 128, rows)
     variant = launch_variant(spec, batch, rows, heads, keys, 132, lambda *_: are_at_once)
-    assert variant == (replace(spec, split_rows=rows_of_tile, cluster=cluster > 0), cluster)
+    assert variant == (replace(spec, cluster=cluster > 0), cluster)
     assert variant[0] in launch_variants(spec)
 
 
@@ -599,6 +597,12 @@ static void walk_cluster(int lane) {
     for (; tile.split < tile.splits; go_to_next_split(tile)) take(lane, tile);
 }
 
+extern "C" bool new_keys_in(const WorkTile* tile, int new_keys) {
+    Arguments args{};
+    args.new_keys = new_keys;
+    return has_new_keys(args, *tile);
+}
+
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
 // The splits that a CTA takes, in its order; returns how many there are. It is number `cta` of a grid of `ctas` or, if `of_cluster`,
@@ -665,7 +669,7 @@ def shares(
     cluster: tuple[int, int, int] | None = None,
 ) -> list[list[Split]]:
     """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of the cluster of tile (b, head, m_block)."""
-    if tile_for(spec).transposed:  # a cache, and as many queries for each sequence
+    if tile_for(spec).few_rows:  # a cache, and as many queries for each sequence
         (seqlen_q,) = set(q_lengths)
         lengths = [None, None, np.array(k_lengths, np.intc)]
     else:
@@ -673,7 +677,7 @@ def shares(
         lengths = [*(np.cumsum([0, *x], dtype=np.intc) for x in (q_lengths, k_lengths)), None]
     buffer = np.empty((1 << 13, len(WORK_TILE)), np.intc)
     *pointers, tiles = [None if x is None else x.ctypes.data_as(ctypes.c_void_p) for x in (*lengths, buffer)]
-    counted = tiles_of_sequence(small_tiles(spec), seqlen_q, heads * spec.pack) if tile_for(spec).transposed else heads
+    counted = tiles_of_sequence(spec, seqlen_q, heads * spec.pack) if tile_for(spec).few_rows else heads
     most = tile_for(spec).most_splits(counted)
     sizes = most, len(q_lengths), heads, seqlen_q, max(k_lengths)
     of, result = (cluster is not None, *(cluster or (0, 0, 0))), []
@@ -685,9 +689,9 @@ def shares(
 
 
 def draw_lengths(data: st.DataObject, spec: KernelSpec, sequences: st.SearchStrategy[list[tuple[int, int]]]) -> tuple[list[int], list[int]]:
-    """Lengths of q and k; where tiles are transposed all sequences have as many queries, of one tile or, of 32 rows, of two."""
+    """Lengths of q and k; where rows are few all sequences have as many queries, of one tile or, of 32 rows, of two."""
     q_lengths, k_lengths = map(list, zip(*data.draw(sequences, "sequences"), strict=True))
-    if tile_for(spec).transposed:
+    if tile_for(spec).few_rows:
         rows = 64 if spec.split_rows == 32 else spec.split_rows
         q_lengths = [data.draw(st.integers(1, rows // spec.pack), "queries")] * len(k_lengths)
     return q_lengths, k_lengths
@@ -703,12 +707,12 @@ def by_tile(shares: list[list[Split]]) -> dict[tuple[int, ...], list[tuple[int, 
 
 
 def cost(spec: KernelSpec, split: Split) -> int:
-    """Its blocks and one more; where the products are transposed, one block comes before the rest."""
-    return split["end_block"] - split["rest_block"] + 2 if tile_for(spec).transposed else split["end_block"] - split["first_block"] + 1
+    """Its blocks and one more; where rows are few, one block comes before the rest."""
+    return split["end_block"] - split["rest_block"] + 2 if tile_for(spec).few_rows else split["end_block"] - split["first_block"] + 1
 
 
 def blocks_of(spec: KernelSpec, split: Split) -> list[int]:
-    if tile_for(spec).transposed:
+    if tile_for(spec).few_rows:
         return [split["first_block"], *range(split["rest_block"], split["end_block"])]
     return list(range(split["first_block"], split["end_block"]))
 
@@ -750,7 +754,7 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
         # Together they cover what any query of the sequence sees, whatever else is in the batch and whoever takes them.
         blocks = sorted(block for split in parts for block in blocks_of(spec, split))
         assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-        if tile_for(spec).transposed:  # where a split begins needs no length, if the first key is seen
+        if tile_for(spec).few_rows:  # where a split begins needs no length, if the first key is seen
             assert [split["first_block"] for split in parts] == list(range(blocks[0], blocks[0] + len(parts)))
         first, last = visible_keys(q_lengths[b], k_lengths[b], False, window)
         if (last > first).any():
@@ -788,7 +792,7 @@ def test_shares_of_equal_tiles_end_where_these_do_or_at_equal_parts(
 def test_each_warp_reads_its_part_of_many_lengths(tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, batch: int) -> None:
     random = np.random.default_rng(batch)
     q_lengths, k_lengths = random.integers(0, 2, batch).tolist(), random.integers(0, 2000, batch).tolist()
-    if tile_for(spec).transposed:
+    if tile_for(spec).few_rows:
         q_lengths = [1] * batch
     for ctas in (1, 7):
         tiles = by_tile(shares(tile_lists[spec], spec, ctas, 2, q_lengths, k_lengths, (None, None)))
@@ -817,19 +821,22 @@ def test_how_keys_are_split_depends_on_the_sequence_alone(
     assert bounds(with_others, b) == bounds(alone, 0)
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("spec", [spec for spec in SPLIT_SPECS if tile_for(spec).few_rows], ids=lambda spec: spec.name)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_64_rows_are_split_as_two_tiles_are(tile_lists: dict[KernelSpec, ctypes.CDLL], data: st.DataObject) -> None:
-    """And each split of a tile of 64 is one of both tiles of 32."""
-    of_two, of_one = SPLIT_SPECS[2:]
-    queries, keys = data.draw(st.integers(12, 21), "queries"), data.draw(st.integers(0, 20000), "keys")
-    sizes = data.draw(st.integers(1, 20), "heads"), [queries], [keys], (data.draw(st.integers(0, 3000), "left"), 0)
-    bounds = []
-    for spec in (of_two, of_one):
-        tiles = by_tile(shares(tile_lists[spec], spec, 7, *sizes)).items()
-        bounds.append({key: [blocks_of(spec, x) for _, x in splits] for key, splits in tiles})
-    two, one = bounds
-    assert two == {(b, head, row): splits for (b, head, _), splits in one.items() for row in range(0, 3 * queries, 30)}
+def test_a_split_has_new_keys_if_one_of_its_blocks_has(
+    tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec, data: st.DataObject
+) -> None:
+    new = data.draw(st.integers(1, spec.split_rows // spec.pack), "new")
+    keys = data.draw(st.one_of(st.integers(new, 300), st.integers(new, 20000)), "keys")
+    window: Window = (data.draw(st.integers(0, 3000), "left") if spec.mask == "window" else None, None if spec.mask == "full" else 0)
+    size, library = tile_for(spec).tile_n, tile_lists[spec]
+    (splits,) = shares(library, spec, 1, data.draw(st.sampled_from([1, 2, 8]), "heads"), [new], [keys], window)
+    assert splits
+    for split in splits:
+        has = any(size * block < keys < size * (block + 1) + new for block in blocks_of(spec, split))
+        words = np.array([split[name] for name in WORK_TILE], np.intc)
+        assert library["new_keys_in"](words.ctypes.data_as(ctypes.c_void_p), new) % 256 == has
 
 
 @pytest.mark.parametrize("spec", CLUSTER_SPECS, ids=lambda spec: spec.name)

@@ -22,7 +22,6 @@ from rawattn.tiles import (
     grid,
     launch_variant,
     slabs,
-    small_tiles,
     splits_of_a_tile,
     tile_for,
     tiles_of_sequence,
@@ -73,9 +72,9 @@ def work(shape: Shape, spec: KernelSpec) -> Work:
     splits, of_all = 1, max(-(-int(last.max()) // tile.tile_n) - int(first.min()) // tile.tile_n, 0)
     split_blocks = of_all
     if spec.split_rows:
-        splits = splits_of_a_tile(tile, tiles_of_sequence(small_tiles(spec), shape.seqlen_q, shape.heads), of_all)
+        splits = splits_of_a_tile(tile, tiles_of_sequence(spec, shape.seqlen_q, shape.heads), of_all)
         split_blocks = -(-of_all // splits)
-    width = SLAB * slabs(shape.head_dim_v) if tile.transposed else shape.head_dim_v  # of the output, in whole MMAs
+    width = SLAB * slabs(shape.head_dim_v) if tile.few_rows else shape.head_dim_v  # of the output, in whole MMAs
     return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
 
 

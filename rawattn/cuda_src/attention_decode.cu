@@ -1,4 +1,4 @@
-// Attention of few queries, up to 64 rows of a KV head, to many keys, for sm_90a. The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys, and
+// Attention of few queries, up to 32 rows of a KV head, to many keys, for sm_90a. The products are transposed, S^T = K Q^T and O^T = V^T P^T: keys, and
 // columns of V, are the 64 rows that WGMMA has, and the few query rows of a warpgroup are its columns, so that nothing is computed for rows that do not
 // exist, and each thread has its share of the exponentials. P^T goes through shared memory. Memory is the limit, so there is no overlap but that of
 // the producer warp's loads (pipeline.cuh), and of O^T of one block with S^T and the maxima of the next.
@@ -159,26 +159,6 @@ __device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, in
     }
 }
 
-// Rotates the warpgroup's rows of Q where they lie in shared memory, once they are there.
-__device__ __forceinline__ void rotate_queries(const Arguments& args, const WorkTile& tile, int warpgroup, int cached_keys, uint32_t q_smem, uint32_t q_full, uint32_t phase) {
-    const Rotary& rotary = args.append.rotary;
-    const int first_row = WARPGROUP_ROWS * warpgroup, tasks_of_row = rotary.dim / (rotary.interleaved ? 8 : 16);
-    for (int task = threadIdx.x % 128; task < min(WARPGROUP_ROWS, existing_rows(tile) - first_row) * tasks_of_row; task += 128) {
-        const int row = divide(task, tasks_of_row), column = 8 * (task - row * tasks_of_row), query = (tile.first_row + first_row + row) / PACK;
-        const Angles angles = rotary.angles(cached_keys + (rotary.query_advances ? query : 0), column);
-        const auto address = [&](int column) { return q_smem + column / 64 * Q_SLAB + row * SLAB_BYTES + (column % 64 / 8 ^ row % 8) * 16; };
-        Chunk<4> own, partner = {};
-        mbarrier_wait(q_full, phase);
-        load_shared_16(address(column), own.words);
-        if (!rotary.interleaved) load_shared_16(address(column + rotary.dim / 2), partner.words);
-        rotary.turn(own, partner, angles);
-        store_shared_16(address(column), own.words);
-        if (!rotary.interleaved) store_shared_16(address(column + rotary.dim / 2), partner.words);
-    }
-    async_proxy_fence();
-    named_barrier_sync(warpgroup_barrier(), 128);
-}
-
 // Begins the softmax of a block: the maxima of a warp's raw scores.
 __device__ __forceinline__ void find_max(const Scores& scores, const RowStates<ROWS_OF_THREAD>& states, float* exchange) {
     float max[ROWS_OF_THREAD];
@@ -257,8 +237,11 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
     }
 }
 
+__device__ __forceinline__ void meet_readers_of_q() { named_barrier_sync(warpgroup_barrier(), 128); }
+
 #include "splits.cuh"
 #include "cluster.cuh"
+#include "queries.cuh"
 
 // A warpgroup that computes one split after the other.
 struct Consumer {
@@ -299,15 +282,10 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < OUTPUT_REGISTERS; ++i) output[i] = 0.0f;
         states.reset();
-        const uint32_t q_smem = buffers.q + q_ring.stage() * Q_BYTES + WARPGROUP_ROWS * SLAB_BYTES * warpgroup;
-        if (tile.split == tile.run_begin) {
-            const uint32_t q_full = buffers.barriers + Q_FULL + 8 * q_ring.stage();
-            if (args.append.rotary.dim > 0) rotate_queries(args, tile, warpgroup, cached_keys, q_smem, q_full, q_ring.phase());
-            mbarrier_wait(q_full, q_ring.phase());
-        }
+        if (tile.split == tile.run_begin) await_queries(args, buffers, tile, warpgroup, cached_keys, q_ring.stage(), q_ring.phase());
         const auto start_scores = [&] {
             mbarrier_wait(buffers.barriers + K_FULL + 8 * k_ring.stage(), k_ring.phase());
-            issue_scores(scores, q_smem, buffers.k + k_ring.stage() * K_BYTES);
+            issue_scores(scores, buffers.q + q_ring.stage() * Q_BYTES + WARPGROUP_ROWS * SLAB_BYTES * warpgroup, buffers.k + k_ring.stage() * K_BYTES);
         };
         const auto start_output = [&] {
             mbarrier_wait(buffers.barriers + V_FULL + 8 * v_ring.stage(), v_ring.phase());
@@ -388,75 +366,164 @@ struct Consumer {
     }
 };
 
-// Computes what the list of splits says.
-__device__ __forceinline__ void consume(const Arguments& args, const Buffers& buffers, int warpgroup) {
-    Consumer consumer = {args, buffers, warpgroup};
-    float* carried = consumer.more;  // [OUTPUT_REGISTERS, CONSUMER_THREADS]
-    RowStates<ROWS_OF_THREAD> carried_states;
-    Ring<TILE_SLOTS> slot_ring;
-    while (true) {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
-        const WorkTile& tile = buffers.tile_slots[slot];
-        if (tile.first_row < 0) break;
-        Output output;
-        RowStates<ROWS_OF_THREAD> states;
-        consumer.attend(tile, args.append.rotary.dim > 0 ? cached_keys(args, tile.batch) : 0, output, states, [] {});
-        if (tile.split == tile.run_end - 1) {
-            if (consumer.signals) mbarrier_arrive(buffers.barriers + Q_EMPTY + 8 * consumer.q_ring.stage());
-            ++consumer.q_ring.count;
+// ---- CLUSTER: the results ----
+
+constexpr int ROWS_AT_ONCE = ROWS_OF_THREAD < 4 ? ROWS_OF_THREAD : 4;  // of a column, that a thread sends in one store
+constexpr int ROW_UNIT = ROWS_AT_ONCE == 4 ? 16 : 2;  // rows of a tile are sent in so many
+
+// Where a row is among those of a result: what a thread has of a column is side by side.
+__device__ __forceinline__ int place_of_row(int row) { return ROWS_AT_ONCE == 4 ? (row & ~15) + (row & 6) * 2 + (row & 8) / 4 + (row & 1) : row; }
+
+// What a row's results come to.
+struct alignas(16) RowEnd {
+    char* out;
+    float inverse;  // the output is to be multiplied by it
+};
+
+// Where the CTAs send what they found. Each gets, of every split, those columns that it combines, and the states of all rows.
+struct ResultBuffers {
+    int rows;             // of the tile, in units
+    int columns_of_rank;  // of all CTAs as many, in the last one perhaps some beyond Dv
+    float* outs;          // [splits, columns_of_rank, rows], each row at its place
+    RowEnd* ends;         // [rows]
+    float2* states;       // [splits, rows]: what the exponents are relative to, by which the factor of the split's output is then replaced, and the sum
+
+    __device__ __forceinline__ ResultBuffers(const Arguments& args, float* memory)
+        : rows((min(TILE_ROWS, args.seqlen_q * PACK - m_block_of_cluster(args) * TILE_ROWS) + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT),
+          columns_of_rank(64 * SLABS_V >> (__ffs(cluster_size()) - 1)),  // the size is a power of two
+          outs(memory), ends(reinterpret_cast<RowEnd*>(memory + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS)), states(reinterpret_cast<float2*>(ends + TILE_M)) {}
+};
+
+// Where a thread sends its part of a split's result. `outs` and `states` are at the same place in each CTA.
+struct ResultAddresses {
+    uint32_t outs[COLUMNS_OF_THREAD], outs_barriers[COLUMNS_OF_THREAD];
+    uint32_t states, states_barrier;
+
+    __device__ __forceinline__ ResultAddresses(const ResultBuffers& to, uint32_t barriers) {
+        const int split = cluster_rank();
+#pragma unroll
+        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
+            const int column = output_column(register_of_column(c)), rank = column * cluster_size() / (64 * SLABS_V);
+            outs[c] = shared_address_of(shared_address(to.outs), rank) + 4 * ((split - rank) * to.columns_of_rank + column) * to.rows;
+            outs_barriers[c] = shared_address_of(barriers + RESULTS_FULL, rank);
         }
-        if (tile.splits == 1 || join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last)) consumer.finish(tile, output, states);
-        __syncwarp();
-        if (consumer.signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+        const int told = min(told_rank(), cluster_size() - 1);
+        states = shared_address_of(shared_address(to.states), told) + 8 * split * to.rows;
+        states_barrier = shared_address_of(barriers + STATES_FULL, told);
+    }
+
+    __device__ __forceinline__ void go_to_next_split(const ResultBuffers& to) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) outs[c] += 4 * cluster_size() * to.columns_of_rank * to.rows;
+        states += 8 * cluster_size() * to.rows;
+    }
+
+    // All lanes of a row know its state, and each tells one CTA.
+    static __device__ __forceinline__ int told_rank() { return threadIdx.x % 128 / 4; }
+    // The first of the thread's registers of its column c; those of other rows follow in fours.
+    static __device__ __forceinline__ int register_of_column(int c) { return c / 2 * REGISTERS + c % 2 * 2; }
+};
+
+__device__ __forceinline__ void send_states(const ResultAddresses& to, const ResultBuffers& buffers, const RowStates<ROWS_OF_THREAD>& states) {
+    if (to.told_rank() >= cluster_size()) return;
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
+        if (tile_row(r) >= buffers.rows) continue;
+        store_cluster_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier);
     }
 }
 
-// CLUSTER: computes the splits of this CTA, and then its columns of what they are together.
-__device__ __forceinline__ void consume_splits(const Arguments& args, const Buffers& buffers, int warpgroup, int cached_keys) {
-    Consumer consumer = {args, buffers, warpgroup};
-    const ResultBuffers results(args, consumer.more);
-    ResultAddresses addresses(results, buffers.barriers);
-    cluster_wait();  // from here on the barriers are there, and results may be sent to all
-    const int query = threadIdx.x - 128;
-    if (args.append.rotary.dim > 0 && query < args.seqlen_q) args.append.rotary.prefetch(cached_keys + query);  // rotate_queries() wants it
-    WorkTile tile = first_split(args, cached_keys);
-    if (args.loads_ahead != 0 && !is_as_loaded(args, tile, tile_blocks(args, tile, tile.first_row))) consumer.pass_over();
-    for (; tile.split < tile.splits; go_to_next_split(tile)) {
-        Output output;
-        RowStates<ROWS_OF_THREAD> states;
-        consumer.attend(tile, cached_keys, output, states, [&] {
-            if (tile.splits > 1) send_states(addresses, results, states);
-        });
-        if (tile.splits == 1) return consumer.finish(tile, output, states);
-        send_output(addresses, results, output);
-        addresses.go_to_next_split(results);
+__device__ __forceinline__ void send_output(const ResultAddresses& to, const ResultBuffers& buffers, const Output& output) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS_OF_THREAD; ++c) {
+        const int first = to.register_of_column(c);
+        if (output_column(first) >= HEAD_DIM_V) continue;
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; r += ROWS_AT_ONCE) {
+            const float* rows = output + first + 2 * r;  // r and r + 1, then two registers of another column
+            const uint32_t address = to.outs[c] + 4 * place_of_row(tile_row(r));
+            if (tile_row(r) >= buffers.rows) continue;
+            if constexpr (ROWS_AT_ONCE == 4)
+                store_cluster_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c]);
+            else
+                store_cluster_8(address, rows[0], rows[1], to.outs_barriers[c]);
+        }
     }
-    if (tile.splits > 1) combine_splits(args, tile, results, buffers.barriers);
 }
 
-// What the start waits for is shared out: two warps make the barriers and ask for the first keys, the others ask for the length meanwhile.
-__device__ __forceinline__ void run_cluster(const Arguments& args, const Buffers& buffers) {
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp == 1 || warp == 2) return start_loads(args, buffers, warp == 2);
-    const int cached = cached_keys(args, blockIdx.z);
-    cluster_arrive();
-    if (warp >= 4) {
-        consume_splits(args, buffers, warp / 4 - 1, cached);
-    } else if (warp == 0) {
-        cluster_wait();
-        produce_splits(args, buffers, cached);
-    } else if (args.append.k.data != nullptr) {
-        append_for_cta(args, buffers, cached);
+constexpr int AT_ONCE = 4;  // of the splits' results that a thread loads: the compiler cannot know that none is stored where the next is loaded from
+
+// For a row, turns the splits' shifts into factors, by which their outputs are to be multiplied.
+__device__ __forceinline__ void find_factors(float2* states, int splits, int stride, float& shift, float& sum) {
+    shift = NEGATIVE_INFINITY;
+    sum = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < splits; first += AT_ONCE) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) shift = fmaxf(shift, first + i < splits ? states[(first + i) * stride].x : NEGATIVE_INFINITY);
+    }
+#pragma unroll 1
+    for (int first = 0; first < splits; first += AT_ONCE) {
+        float2 loaded[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) loaded[i] = first + i < splits ? states[(first + i) * stride] : make_float2(NEGATIVE_INFINITY, 0.0f);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const float factor = power_of_two(loaded[i].x - shift);
+            sum = fmaf(loaded[i].y, factor, sum);
+            if (first + i < splits) states[(first + i) * stride].x = factor;
+        }
     }
 }
+
+// Takes the results of all splits together in their order, and writes this CTA's columns of the output. As what a result is to be multiplied by is a power of
+// two, these are the bits that carrying the results on from one to the next gives (join_splits).
+__device__ __forceinline__ void combine_splits(const Arguments& args, const WorkTile& tile, const ResultBuffers& from, uint32_t barriers) {
+    const int first_column = cluster_rank() * from.columns_of_rank, columns = max(0, min(from.columns_of_rank, HEAD_DIM_V - first_column));
+    const int rows = existing_rows(tile), thread = threadIdx.x - 128;
+    if (thread == 0) {
+        mbarrier_arrive_expect(barriers + STATES_FULL, 8 * tile.splits * from.rows);
+        mbarrier_arrive_expect(barriers + RESULTS_FULL, 4 * tile.splits * from.rows * columns);
+    }
+    // While the results are on their way, each row's factors and, by other warps, its place:
+    const int other = thread - 32;
+    if (other >= 0 && other < rows) from.ends[other].out = destination(args, tile, other).out + 2 * first_column;
+    int pair = divide(thread, rows);
+    mbarrier_wait_for_cluster(barriers + STATES_FULL, 0);  // also who has no row: a CTA that is sent something must not end
+    if (thread < rows) {
+        float shift, sum, lse;
+        find_factors(from.states + thread, tile.splits, from.rows, shift, sum);
+        normalise(shift, sum, from.ends[thread].inverse, lse);
+        if (args.lse != nullptr && first_column == 0) *destination(args, tile, thread).lse = lse;
+    }
+    named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
+    mbarrier_wait_for_cluster(barriers + RESULTS_FULL, 0);
+#pragma unroll 1
+    for (int task = thread; task < rows * columns / 2; task += CONSUMER_THREADS, pair = divide(task, rows)) {  // two columns of a row; neighbours have others' banks
+        const int row = task - pair * rows, column = 2 * pair;
+        const float2* states = from.states + row;
+        const float* outs = from.outs + column * from.rows + place_of_row(row);
+        const RowEnd end = from.ends[row];
+        float2 output = {};
+#pragma unroll 1
+        for (int i = 0; i < tile.splits; i += AT_ONCE) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const bool is_one = i + j < tile.splits;
+                const float factor = is_one ? states[(i + j) * from.rows].x : 0.0f;
+                const float* out = outs + (i + j) * from.columns_of_rank * from.rows;
+                output.x = fmaf(is_one ? out[0] : 0.0f, factor, output.x);
+                output.y = fmaf(is_one ? out[from.rows] : 0.0f, factor, output.y);
+            }
+        }
+        store_global_4(end.out + 2 * column, pack2(output.x * end.inverse, output.y * end.inverse));
+    }
+}
+
+#include "decode.cuh"
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMER_WARPGROUPS), CTAS_PER_SM) attention_decode(const __grid_constant__ Arguments args) {
     extern __shared__ __align__(1024) char shared[];
     const Buffers buffers(shared);
-    if constexpr (CLUSTER)
-        run_cluster(args, buffers);
-    else
-        run(args, buffers, [&](int warpgroup) { consume(args, buffers, warpgroup); });
+    decode(args, buffers);
 }

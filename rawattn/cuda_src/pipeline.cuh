@@ -33,10 +33,10 @@ struct Arguments {
     int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
     int heads_per_group;                                          // heads whose K and V share L2
     int page_size;
-    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits; TRANSPOSED: as many as a long sequence's tiles have
+    int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits; FEW_ROWS: as many as a long sequence's tiles have
     float scale_log2;                                             // softmax scale * log2(e)
     int loads_ahead;                                              // CLUSTER: whether the first keys and Q are loaded before the length is known (1) or not (0)
-    Append append;                                                // TRANSPOSED
+    Append append;                                                // FEW_ROWS
 };
 
 constexpr int SLAB_BYTES = 128;  // a row of a slab: 64 columns of 16 bits, one period of the 128-byte swizzle
@@ -46,15 +46,18 @@ constexpr int TILE_ROWS = TILE_M / PACK * PACK;  // rows of a tile: PACK heads o
 constexpr int Q_BYTES = SLABS_QK * Q_SLAB, K_BYTES = SLABS_QK * KV_SLAB, V_BYTES = SLABS_V * KV_SLAB;
 constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = CLUSTER ? 1 : 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
+constexpr int BLOCK_WARPS = 4 * (SHARES_KEYS ? 1 : CONSUMER_WARPGROUPS);  // that use a block of keys
+constexpr int APPENDING_WARPS = 3;  // FEW_ROWS: those beside the producer
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
-constexpr int WARPGROUP_ROWS = TILE_M / CONSUMER_WARPGROUPS;
-constexpr bool MAY_BE_PACKED = !TRANSPOSED;  // transposed tiles have the few queries that the host knows each sequence to have
+constexpr int WARPGROUP_ROWS = SHARES_KEYS ? TILE_M : TILE_M / CONSUMER_WARPGROUPS;  // each warpgroup has its own, or all of the rows for its share of the keys
+constexpr bool MAY_BE_PACKED = !FEW_ROWS;  // few rows are those of the few queries that the host knows each sequence to have
 constexpr int FEW_KEYS = 128;  // rows that see no more than this keep P in two parts
 
 // Byte offsets of the mbarriers in shared memory, one full and, EMPTY later, one empty for each buffer; CLUSTER: and two of what its CTAs send each
 // other, and one of new keys.
 constexpr int K_FULL = 0, V_FULL = K_FULL + 8 * STAGES, Q_FULL = V_FULL + 8 * STAGES, STATES_FULL = Q_FULL + 8 * Q_STAGES, RESULTS_FULL = STATES_FULL + 8;
-constexpr int APPENDED = RESULTS_FULL + 8, TILE_FULL = APPENDED + 8, EMPTY = TILE_FULL + 8 * TILE_SLOTS, BARRIER_BYTES = 2 * EMPTY;
+constexpr int APPENDED = RESULTS_FULL + 8, TILE_FULL = APPENDED + 8, EMPTY = TILE_FULL + 8 * TILE_SLOTS;
+constexpr int SECOND = 2 * EMPTY, BARRIER_BYTES = (SHARES_KEYS ? 3 : 2) * EMPTY;  // SHARES_KEYS: the full ones of K and V are the first warpgroup's, SECOND later the second's
 constexpr int K_EMPTY = K_FULL + EMPTY, V_EMPTY = V_FULL + EMPTY, Q_EMPTY = Q_FULL + EMPTY, TILE_EMPTY = TILE_FULL + EMPTY;
 
 // Position in a ring of buffers. A consumer waits for phase(), the producer for the opposite one, so that its first lap passes at once.
@@ -73,7 +76,7 @@ struct WorkTile {
     int q_start, q_length;       // in queries
     int q_row, q_offset, q_batch;
     int k_length, k_row, k_offset, k_batch;
-    int first_block, rest_block, end_block;  // SPLIT: the blocks of keys of this split; TRANSPOSED: one, and the rest of them. Then
+    int first_block, rest_block, end_block;  // SPLIT: the blocks of keys of this split; FEW_ROWS: one, and the rest of them. Then
     int split, splits;           // its number, and how many the tile has
     int run_begin, run_end;      // those of them that are in this CTA's share
     int first_splits;            // those in the share of the CTA that has the first one
@@ -149,7 +152,7 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
     if constexpr (SPLIT) {
         if (rows > 0) {
             const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
-            if constexpr (TRANSPOSED)
+            if constexpr (FEW_ROWS)
                 places.deal(blocks.begin, blocks.end, args.most_splits, LEAST_BLOCKS);
             else
                 places.split(blocks.begin, blocks.end, places.m_blocks * args.heads, FEWEST_SPLITS);
@@ -162,7 +165,7 @@ __device__ __forceinline__ Places sequence_places(const Arguments& args, const S
 // it needs no length to know where a split begins (start_loads of cluster.cuh).
 __device__ __forceinline__ void write_blocks(const Places& places, WorkTile& tile) {
     tile.splits = places.splits;
-    if constexpr (TRANSPOSED) {
+    if constexpr (FEW_ROWS) {
         const int rest = places.blocks - 1;
         tile.first_block = places.first_block + tile.split;
         tile.rest_block = places.first_block + places.splits + tile.split * rest;
@@ -181,9 +184,9 @@ __device__ __forceinline__ void write_next_split(const WorkTile& last, WorkTile&
     __syncwarp();
     if (lane == 0) {
         tile.split = last.split + 1;
-        tile.first_block = TRANSPOSED ? last.first_block + 1 : last.end_block;
+        tile.first_block = FEW_ROWS ? last.first_block + 1 : last.end_block;
         tile.rest_block = last.end_block;
-        tile.end_block = 2 * last.end_block - (TRANSPOSED ? last.rest_block : last.first_block);
+        tile.end_block = 2 * last.end_block - (FEW_ROWS ? last.rest_block : last.first_block);
     }
 }
 
@@ -327,12 +330,12 @@ __device__ __forceinline__ Mask tile_mask(const Arguments& args, const WorkTile&
     return sequence_mask(args, tile.q_length, tile.k_length);
 }
 
-// The blocks of keys of a tile, or of its split, with those that the warpgroup of the rows from own_first on sees whole. TRANSPOSED: of a split block
+// The blocks of keys of a tile, or of its split, with those that the warpgroup of the rows from own_first on sees whole. FEW_ROWS: of a split block
 // `begin` and, if that is before `end`, those from `rest` on.
 __device__ __forceinline__ KeyBlocks tile_blocks(const Arguments& args, const WorkTile& tile, int own_first) {
     const int last_row = min(tile.first_row + TILE_ROWS, tile.q_length * PACK) - 1;
     KeyBlocks blocks = key_blocks(tile_mask(args, tile), tile.first_row, last_row, own_first, own_first + WARPGROUP_ROWS - 1);
-    if constexpr (TRANSPOSED) {
+    if constexpr (FEW_ROWS) {
         const bool sees_first = blocks.begin <= tile.first_block && tile.first_block < blocks.end;
         const int rest = max(blocks.begin, tile.rest_block);
         blocks.begin = sees_first ? tile.first_block : rest;
@@ -345,10 +348,10 @@ __device__ __forceinline__ KeyBlocks tile_blocks(const Arguments& args, const Wo
     return blocks;
 }
 
-// TRANSPOSED: whether append_new_keys() writes no key of the block.
+// FEW_ROWS: whether append_new_keys() writes no key of the block.
 __device__ __forceinline__ bool is_old(const Arguments& args, const WorkTile& tile, int block) { return (block + 1) * TILE_N <= tile.k_length - args.new_keys; }
 
-// TRANSPOSED: whether a block that is not old is among those of the split; where there are no keys at all, the first split has it.
+// FEW_ROWS: whether a block that is not old is among those of the split; where there are no keys at all, the first split has it.
 __device__ __forceinline__ bool has_new_keys(const Arguments& args, const WorkTile& tile) {
     const int first = max(0, tile.k_length - args.new_keys) / TILE_N, end = max(1, (tile.k_length + TILE_N - 1) / TILE_N);
     return tile.first_block >= first || max(tile.rest_block, first) < min(tile.end_block, end);
@@ -393,7 +396,7 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
 }
 
 // What no other tile reads leaves L2 first; small pages were slower so.
-constexpr uint64_t KV_POLICY = TRANSPOSED && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
+constexpr uint64_t KV_POLICY = FEW_ROWS && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
 constexpr uint64_t Q_POLICY = !SPLIT && HEAD_DIM > 128 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // narrower ones are no faster so
 
 template <uint64_t L2_POLICY>
@@ -452,24 +455,25 @@ struct Rings {
     Ring<Q_STAGES> q;
     Ring<STAGES> k, v;
 
-    // Loads Q and the blocks of K and V, from the last that the tile sees to the first or, TRANSPOSED, the other way; K runs one block ahead of V. Where K
+    // Loads Q and the blocks of K and V, from the last that the tile sees to the first or, FEW_ROWS, the other way; K runs one block ahead of V. Where K
     // and V lie in pages the whole warp calls it, otherwise one thread. `has_q`, `has_first`: Q, or the first block, is loaded.
     template <class BeforeBlock, class BeforeLast>
     __device__ __forceinline__ void fill(const Arguments& args, const Buffers& buffers, const WorkTile& tile, const KeyBlocks& blocks, bool has_q, bool has_first,
                                          BeforeBlock before_block, BeforeLast before_last) {
-        const int first = TRANSPOSED ? blocks.begin : blocks.end - 1;
-        const auto next_k = [&](int block) {
+        const int first = FEW_ROWS ? blocks.begin : blocks.end - 1;
+        const auto user = [](int number) { return SHARES_KEYS ? SECOND * (number % 2) : 0; };  // of a split's block
+        const auto next_k = [&](int block, int number) {
             if (!has_first || block != first) {
                 before_block(block);
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * k.stage(), k.phase() ^ 1);
-                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + K_FULL + 8 * k.stage(), tile, block);
+                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + user(number) + K_FULL + 8 * k.stage(), tile, block);
             }
             ++k.count;
         };
-        const auto next_v = [&](int block) {
+        const auto next_v = [&](int block, int number) {
             if (!has_first || block != first) {
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * v.stage(), v.phase() ^ 1);
-                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + V_FULL + 8 * v.stage(), tile, block);
+                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + user(number) + V_FULL + 8 * v.stage(), tile, block);
             }
             ++v.count;
         };
@@ -483,38 +487,40 @@ struct Rings {
             }
             ++q.count;
         };
-        int before = first;
+        int before = first, number = 0;
 #pragma unroll 1
-        for (int block = first;; block = TRANSPOSED ? (block == first ? blocks.rest : block + 1) : block - 1) {
-            const bool exists = TRANSPOSED ? block < blocks.end : block >= blocks.begin;
-            if (exists) next_k(block);
+        for (int block = first;; block = FEW_ROWS ? (block == first ? blocks.rest : block + 1) : block - 1) {
+            const bool exists = FEW_ROWS ? block < blocks.end : block >= blocks.begin;
+            if (exists) next_k(block, number);
             if (block == first) next_q();
             if (!exists) before_last();
-            if (block != first) next_v(!TRANSPOSED && PAGE_ROWS > 0 ? block + 1 : before);  // with pages registers are scarce
+            if (block != first) next_v(!FEW_ROWS && PAGE_ROWS > 0 ? block + 1 : before, number - 1);  // with pages registers are scarce
             if (!exists) break;
             before = block;
+            ++number;
         }
     }
 };
 
 // Puts a sequence's new keys and values of one head into the cache, for TMA to load. Whoever loads them has done it before: the tiles of all query heads of
-// a KV head, if they are several, write the same. A warp calls it, and asks `is_needed` while the new rows are on their way.
+// a KV head, if they are several, write the same. Warps 1 to 3 call it, and ask `is_needed` while the new rows are on their way.
 template <class IsNeeded>
 __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch, int kv_head, int cached_keys, IsNeeded is_needed) {
-    constexpr int AT_ONCE = TILE_M <= 16 ? 1 : 4;  // with few queries there are few new rows
+    constexpr int THREADS = 32 * APPENDING_WARPS, AT_ONCE = TILE_M <= 16 ? 1 : TILE_M / 16;  // with few queries there are few new rows
     const Append& append = args.append;
     const Rotary& rotary = append.rotary;
     const int pairs = rotary.interleaved ? 0 : rotary.dim / 16;  // of eight columns and their partners, which a key begins with
+    const int thread = 32 * APPENDING_WARPS - threadIdx.x / 32 * 32 + threadIdx.x % 32;  // warp 3, which has nothing else to do, begins
     const int of_key = HEAD_DIM / 8 - pairs, keys = args.new_keys * of_key, tasks = keys + args.new_keys * (HEAD_DIM_V / 8);
 #pragma unroll 1
-    for (int first = 0; first < tasks; first += 32 * AT_ONCE) {
+    for (int first = thread; first < tasks; first += THREADS * AT_ONCE) {
         Chunk<4> own[AT_ONCE] = {}, partner[AT_ONCE] = {};
         Angles angles[AT_ONCE] = {};
         char* to[AT_ONCE];
         bool is_rotated[AT_ONCE], has_partner[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = first + 32 * i + threadIdx.x % 32, of_row = task < keys ? of_key : HEAD_DIM_V / 8, in_rows = task < keys ? task : task - keys;
+            const int task = first + THREADS * i, of_row = task < keys ? of_key : HEAD_DIM_V / 8, in_rows = task < keys ? task : task - keys;
             const int row = divide(in_rows, of_row), part = in_rows - row * of_row, position = cached_keys + row;
             const bool is_v = task >= keys;
             const int column = 8 * (is_v || part < pairs ? part : part + pairs);
@@ -533,7 +539,7 @@ __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch
             }
             to[i] = (is_v ? append.v_cache : append.k_cache).at(cache_batch, cache_row, kv_head) + 2 * column;
         }
-        if (first == 0 && !is_needed()) break;
+        if (first == thread && !is_needed()) break;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             if (to[i] == nullptr) continue;
@@ -546,7 +552,7 @@ __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch
     __syncwarp();
 }
 
-// Appends the new keys of each tile that the CTA takes, while its old ones are loaded. Warp 3 calls it.
+// Appends the new keys of each tile that the CTA takes, while its old ones are loaded. Warps 1 to 3 call it.
 __device__ __forceinline__ void append_for_tiles(const Arguments& args, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     while (true) {
@@ -569,7 +575,7 @@ __device__ __forceinline__ void append_for_tiles(const Arguments& args, const Bu
 __device__ __forceinline__ void produce(const Arguments& args, TileList& list, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     Rings rings;
-    const bool appends = TRANSPOSED && args.append.k.data != nullptr;
+    const bool appends = FEW_ROWS && args.append.k.data != nullptr;
     int asked = 0, appended = 0, place = list.begin(args, buffers.parts);
     const auto ask = [&] {
         if (!SPLIT && threadIdx.x == 0) asked = atomicAdd(args.next_tile, 1);
@@ -579,8 +585,8 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
         mbarrier_wait(buffers.barriers + TILE_EMPTY + 8 * slot, slot_ring.phase() ^ 1);
         const int next = list.find(args, place, buffers.tile_slots[(slot + TILE_SLOTS - 1) % TILE_SLOTS], buffers.tile_slots[slot]);
         __syncwarp();
-        typename Either<TRANSPOSED, const WorkTile, const WorkTile&>::type tile = buffers.tile_slots[slot];  // a copy, where there are registers for it
-        if (VARLEN && !TRANSPOSED && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
+        typename Either<FEW_ROWS, const WorkTile, const WorkTile&>::type tile = buffers.tile_slots[slot];  // a copy, where there are registers for it
+        if (VARLEN && !FEW_ROWS && slot_ring.count == 0) wait_for_kernel_before();  // append_kv, which writes keys, values and rotated queries; also if there is no tile
         if (tile.first_row < 0) break;
         KeyBlocks blocks = tile_blocks(args, tile, tile.first_row);
         blocks.end = max(blocks.end, blocks.begin);
@@ -621,7 +627,7 @@ __device__ __forceinline__ void produce(const Arguments& args, TileList& list, c
 template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
-    const bool appends = TRANSPOSED && args.append.k.data != nullptr;
+    const bool appends = FEW_ROWS && args.append.k.data != nullptr;
     TileList list;
     if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
@@ -629,8 +635,9 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
         prefetch_tensor_map(&args.v);
 #pragma unroll
         for (int barrier = 0; barrier < EMPTY; barrier += 8) {
-            mbarrier_init(buffers.barriers + barrier, barrier < TILE_FULL ? 1 : 32);
-            mbarrier_init(buffers.barriers + barrier + EMPTY, CONSUMER_WARPS + (appends && barrier >= TILE_FULL));
+            mbarrier_init(buffers.barriers + barrier, barrier < APPENDED ? 1 : barrier < TILE_FULL ? APPENDING_WARPS : 32);
+            if (SHARES_KEYS && barrier < Q_FULL) mbarrier_init(buffers.barriers + barrier + SECOND, 1);
+            mbarrier_init(buffers.barriers + barrier + EMPTY, barrier < Q_FULL ? BLOCK_WARPS : CONSUMER_WARPS + (appends && barrier >= TILE_FULL ? APPENDING_WARPS : 0));
         }
         mbarrier_init_fence();
     }
@@ -644,5 +651,5 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
     // The producer's code follows the start, which its first load waits for.
     if constexpr (PRODUCER_REGISTERS > 0) release_registers<PRODUCER_REGISTERS>();
     if (warp == 0) produce(args, list, buffers);
-    if (warp == 3 && appends) append_for_tiles(args, buffers);
+    if (warp > 0 && appends) append_for_tiles(args, buffers);
 }

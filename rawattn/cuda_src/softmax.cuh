@@ -17,7 +17,7 @@ __device__ __forceinline__ float exponent_offset(float max, float scale_log2) { 
 // What is known of a thread's rows.
 template <int ROWS>
 struct RowStates {
-    float max[ROWS];  // of the raw scores so far; TRANSPOSED: once the split is done, see result_offset
+    float max[ROWS];  // of the raw scores so far; FEW_ROWS: once the split is done, see result_offset
     float sum[ROWS];  // of exp over the thread's own keys so far; over all keys once it was reduced
 
     __device__ __forceinline__ void reset() {
@@ -33,10 +33,10 @@ __device__ __forceinline__ void normalise(float offset, float sum, float& invers
     lse = sum == 0.0f ? NEGATIVE_INFINITY : fmaf(offset, LN2, logf(sum));
 }
 
-// What the exponents of a split that is done are relative to. TRANSPOSED: RowStates has it instead of the maximum, rounded to a whole number, so that
+// What the exponents of a split that is done are relative to. FEW_ROWS: RowStates has it instead of the maximum, rounded to a whole number, so that
 // rescaling is exact and it does not matter when it happens.
 __device__ __forceinline__ float result_offset(float max, float scale_log2) {
-    return TRANSPOSED ? (max == NEGATIVE_INFINITY ? 0.0f : max) : exponent_offset(max, scale_log2);
+    return FEW_ROWS ? (max == NEGATIVE_INFINITY ? 0.0f : max) : exponent_offset(max, scale_log2);
 }
 
 // 2^exponent of a whole exponent that is not positive; 0 below -126, and of NaN. The sum's low bits are the exponent's field.
@@ -56,7 +56,7 @@ struct Fold {
         sum = of(first_sum, second_sum);
     }
     __device__ __forceinline__ float factor(float one_max, float scale_log2) const {
-        return TRANSPOSED ? power_of_two(one_max - max) : rescale_factor(one_max, max, scale_log2);
+        return FEW_ROWS ? power_of_two(one_max - max) : rescale_factor(one_max, max, scale_log2);
     }
     __device__ __forceinline__ float of(float first, float second) const { return of(first, first_factor, second, second_factor); }
     static __device__ __forceinline__ float of(float first, float first_factor, float second, float second_factor) {

@@ -5,11 +5,12 @@
 
 constexpr int COLUMNS = 4;  // of a row, that one thread combines at a time
 
-// Takes the results of a tile that wait in the workspace together in their order, and writes the output of the rows of a warpgroup. Of its tasks, four columns
-// of a row each, the warpgroup's threads have their share.
+// Takes the results of a tile that wait in the workspace together in their order, and writes the output of the rows, or of the columns, of a warpgroup. Of its
+// tasks, four columns of a row each, the warpgroup's threads have their share.
 __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& tile, int warpgroup) {
-    constexpr int TASKS_OF_ROW = HEAD_DIM_V / COLUMNS;
-    const int first_row = WARPGROUP_ROWS * warpgroup, tasks = min(WARPGROUP_ROWS, existing_rows(tile) - first_row) * TASKS_OF_ROW;
+    constexpr int OWN_COLUMNS = SHARES_KEYS ? (HEAD_DIM_V + 31) / 32 * 16 : HEAD_DIM_V, TASKS_OF_ROW = OWN_COLUMNS / COLUMNS;
+    const int first_row = SHARES_KEYS ? 0 : WARPGROUP_ROWS * warpgroup, first_column = SHARES_KEYS ? OWN_COLUMNS * warpgroup : 0;
+    const int tasks = min(WARPGROUP_ROWS, existing_rows(tile) - first_row) * TASKS_OF_ROW;
     const int count = tile.splits - tile.first_splits + 1;  // the share that has the first splits has one result of all of them
     const Partial from = partial(args, tile, tile.first_splits - 1, first_row);
     for (int first_task = threadIdx.x % 128; first_task < tasks; first_task += 128 * TASKS_IN_FLIGHT) {
@@ -18,7 +19,8 @@ __device__ __forceinline__ void combine(const Arguments& args, const WorkTile& t
         for (int t = 0; t < TASKS_IN_FLIGHT; ++t) {
             const int task = min(first_task + 128 * t, tasks - 1);
             rows[t] = task / TASKS_OF_ROW;
-            columns[t] = COLUMNS * (task % TASKS_OF_ROW);
+            columns[t] = first_column + COLUMNS * (task % TASKS_OF_ROW);
+            if (SHARES_KEYS) columns[t] = min(columns[t], HEAD_DIM_V - COLUMNS);  // the second warpgroup may have fewer
         }
         float outputs[TASKS_IN_FLIGHT][COLUMNS] = {};
         RowStates<TASKS_IN_FLIGHT> of_rows;
