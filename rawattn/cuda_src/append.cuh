@@ -63,8 +63,8 @@ struct Rotary {
     __device__ void turn(Chunk<4>& own, Chunk<4>& partner, const Angles& angles) const {
         for (int i = 0; i < 4; ++i) {
             float c[2], s[2], x[2], y[2];
-            unpack2(angles.cos.words[interleaved ? i / 2 : i], c[0], c[1]);
-            unpack2(angles.sin.words[interleaved ? i / 2 : i], s[0], s[1]);
+            unpack2(interleaved ? angles.cos.words[i / 2] : angles.cos.words[i], c[0], c[1]);  // not words[...], which would lie in local memory
+            unpack2(interleaved ? angles.sin.words[i / 2] : angles.sin.words[i], s[0], s[1]);
             unpack2(own.words[i], x[0], x[1]);
             if (interleaved) {
                 turn(x[0], x[1], c[i % 2], s[i % 2], x[0], x[1]);
