@@ -74,7 +74,8 @@ def work(shape: Shape, spec: KernelSpec) -> Work:
     if spec.split_rows:
         splits = splits_of_a_tile(tile, tiles_of_sequence(spec, shape.seqlen_q, shape.heads), of_all)
         split_blocks = -(-of_all // splits)
-    width = SLAB * slabs(shape.head_dim_v) if tile.few_rows else shape.head_dim_v  # of the output, in whole MMAs
+    in_slabs = tile.few_rows and not tile.shares_keys
+    width = SLAB * slabs(shape.head_dim_v) if in_slabs else shape.head_dim_v  # of the output, in whole MMAs
     return Work(len(begin) * shape.batch * heads, splits, split_blocks, pairs, 2 * pairs * (depth + width))
 
 
