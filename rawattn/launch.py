@@ -574,19 +574,20 @@ class CachePlan:
         )  # fmt: skip
         self._append: _AppendKernel | None = None
         self._new_rows: _NewRows | None = None
+        self._rotated_q_offset = 0
         query_advances = mask != "full" or rows_q == 1
         if needs_kernel:
+            import cupy
+
             self._append = _AppendKernel(
                 views, rotated_q, page_table_stride=page_table_stride, interleaved=interleaved, query_advances=query_advances
             )
+            self._workspaces = _workspaces(cupy.cuda.Device().id)
+            if rotated_q:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
+                self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
+                self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
         elif appends:
             self._new_rows = _NewRows(self._attention.append, views, interleaved, query_advances)
-        import cupy
-
-        self._workspaces, self._rotated_q_offset = _workspaces(cupy.cuda.Device().id), 0
-        if rotated_q:  # in the stream's workspace, behind what the attention has there: a captured graph needs it for as long
-            self._rotated_q_offset = -(-max(self._attention.workspace_bytes, ARRIVALS_BYTES) // 128) * 128
-            self._workspace_bytes = self._rotated_q_offset + 2 * math.prod(q.shape)
 
     def launch(self, stream: int, out: int, lse: int, addresses: list[int]) -> None:
         at = dict(zip(self._names, addresses, strict=True))
