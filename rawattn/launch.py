@@ -56,8 +56,12 @@ _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF
 
 def _append_of(block: np.ndarray, arguments: np.dtype) -> np.ndarray:
     """The record of new keys, (1,) of APPEND, in the bytes of a kernel's arguments."""
+    return block[_offset(arguments, "append") :][: APPEND.itemsize].view(APPEND)
+
+
+def _offset(arguments: np.dtype, field: str) -> int:
     assert arguments.fields is not None
-    return block[arguments.fields["append"][1] :][: APPEND.itemsize].view(APPEND)
+    return arguments.fields[field][1]
 
 
 @functools.cache
@@ -374,8 +378,7 @@ class Plan:
         multiprocessors = device.attributes["MultiProcessorCount"]
         rows_q, heads, _ = q.shape[-3:]
         rows_k = k.shape[-3] if capacity is None else capacity
-        spec, self.cluster = launch_variant(spec, batch, rows_q, heads, rows_k, multiprocessors, _are_at_once)
-        cluster = self.cluster
+        spec, cluster = launch_variant(spec, batch, rows_q, heads, rows_k, multiprocessors, _are_at_once)
         tile = tile_for(spec)
 
         # cuTensorMapEncodeTiled wants its maps on 64 bytes (128 from CUDA 13 on).
@@ -521,7 +524,7 @@ class _AppendKernel:
         self._rotates = rotated_q is not None
         words = block.view(np.uint64)
         self._q = words[:8:4]
-        self._pointers = words[(8 * 8 + APPEND.itemsize) // 8 :][: len(_APPEND_POINTERS)]
+        self._pointers = words[_offset(APPEND_ARGUMENTS, _APPEND_POINTERS[0]) // 8 :][: len(_APPEND_POINTERS)]
         lanes = 1 << (max(q.shape[-1], v.shape[-1]) // 8 - 1).bit_length()
         batch = checks.batch_of(views)
         sizes = dict(

@@ -63,9 +63,7 @@ class Tile:
 
     def most_splits(self, tiles: int) -> int:
         """Where keys are split: how many splits each of a sequence's `tiles` has at most."""
-        # Where warpgroups share the keys of rows with few of them, no warpgroup has a second block of a split (FEW_KEYS of the kernel).
-        fewest = 2 if self.shares_keys else self.fewest_splits
-        return min(max(SPLITS_OF_A_SEQUENCE // tiles, fewest), MAX_SPLITS if tiles < self.few_tiles else MAX_SPLITS // 2)
+        return min(max(SPLITS_OF_A_SEQUENCE // tiles, self.fewest_splits), MAX_SPLITS if tiles < self.few_tiles else MAX_SPLITS // 2)
 
     @property
     def few_tiles(self) -> int:
@@ -74,8 +72,10 @@ class Tile:
 
     @property
     def fewest_splits(self) -> int:
-        """Splits of a tile at least, where rows with few keys keep P in two parts only in the last block of a split."""
-        return 1 if self.few_rows else max(1, FEW_KEYS // self.tile_n)
+        """Splits of a tile at least, where rows with few keys keep P in two parts only in a split's, or a warpgroup's, last block."""
+        if self.few_rows:
+            return 2 if self.shares_keys else 1
+        return max(1, FEW_KEYS // self.tile_n)
 
     @property
     def least_blocks(self) -> int:
@@ -94,7 +94,7 @@ class Tile:
         q = self.q_stages_of(spec) * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.shares_keys:
-            columns = 2 * SLAB // 4 * -(-spec.head_dim_v // (2 * SLAB // 4))  # in whole units of 16 for both warpgroups
+            columns = -(-spec.head_dim_v // 32) * 32  # of the output: both warpgroups have as many units of 16
             floats = 2 * columns + 4  # of each row: what the warpgroups exchange, and their states; what is carried
             if spec.cluster:  # what is sent of two splits for each CTA, instead of carried, and its states
                 floats += columns + 4

@@ -3,14 +3,13 @@
 // block of a split, so that one is at its softmax while the other multiplies; in the end they take their halves together and share out the columns.
 // The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
 #include "pipeline.cuh"
+#include "rows.cuh"
 
-// The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column
-// 8 * (i / 4) + 2 * (lane % 4) + i % 2. Of 16 columns, a unit, a thread has eight registers.
-constexpr int ROWS_OF_THREAD = 2, UNITS = (HEAD_DIM_V + 15) / 16, OWN_UNITS = (UNITS + 1) / 2;  // of the output, and of those a warpgroup's in the end
+// Of 16 columns, a unit, a thread has eight registers.
+constexpr int UNITS = (HEAD_DIM_V + 15) / 16, OWN_UNITS = (UNITS + 1) / 2;  // of the output, and of those a warpgroup's in the end
 constexpr int OUTPUT_REGISTERS = 8 * OWN_UNITS, QK_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int TASKS_IN_FLIGHT = 2, RESULTS_IN_FLIGHT = 6;  // of a combination (splits.cuh), as registers allow
 
-__device__ __forceinline__ int fragment_row(int i) { return i / 2 % 2; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i / 4) + 2 * (threadIdx.x % 4) + i % 2; }
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i); }
 __device__ __forceinline__ int own_warpgroup() { return threadIdx.x / 128 - 1; }
@@ -19,7 +18,6 @@ __device__ __forceinline__ int tile_row(int r) { return threadIdx.x % 128 / 32 *
 __device__ __forceinline__ void meet_all_consumers() { named_barrier_sync(1, CONSUMER_THREADS); }
 __device__ __forceinline__ void meet_readers_of_q() { meet_all_consumers(); }
 
-using Scores = float[TILE_N / 2];
 using Output = float[OUTPUT_REGISTERS];  // of a warpgroup's columns
 using WholeOutput = float[HEAD_DIM_V / 2];
 
@@ -38,20 +36,6 @@ __device__ __forceinline__ void issue_scores(Scores& scores, uint32_t q_smem, ui
     wgmma_scores(scores, q_steps, k_steps, 0);
     wgmma_commit();
     pin(scores);
-}
-
-// output += P V for one block of keys; P's fragments are already in the layout of operand A
-__device__ __forceinline__ void issue_output(WholeOutput& output, uint32_t (&probs)[TILE_N / 4], uint32_t v_smem) {
-    const MatrixDescriptor<KV_SLAB> v(v_smem & 0x3ffff);  // without the CTA's rank, which stands where the descriptor has the distance of slabs
-    uint64_t v_steps[TILE_N / 16];
-#pragma unroll
-    for (int step = 0; step < TILE_N / 16; ++step) v_steps[step] = v.at(step * 16 * SLAB_BYTES);
-    pin(output);
-    pin(probs);
-    wgmma_fence();
-    wgmma_output(output, probs, v_steps, 1);
-    wgmma_commit();
-    pin(output);
 }
 
 __device__ __forceinline__ void mask_scores(Scores& scores, const Mask& mask, int first_row, int first_key) {
@@ -166,7 +150,7 @@ struct Consumer {
         };
         const auto start_output = [&] {
             v_blocks.await(own_barriers + V_FULL);
-            issue_output(whole, probs, buffers.v + v_blocks.stage() * V_BYTES);
+            issue_output(whole, probs, (buffers.v + v_blocks.stage() * V_BYTES) & 0x3ffff);  // without the CTA's rank, which stands where the descriptor has the distance of slabs
         };
         const auto await_output = [&] {
             wgmma_wait<0>();
@@ -238,13 +222,11 @@ struct Consumer {
         k_blocks.count = v_blocks.count = end;
 
         // Both warpgroups find the states of all rows, in the same way.
-        float own_shift[ROWS_OF_THREAD];
         meet_all_consumers();  // what was exchanged before is read
 #pragma unroll
         for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-            own_shift[r] = states.max[r] == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : exponent_shift(states.max[r], args.scale_log2);
-            const float sum = sum_of_row(states.sum[r]);
-            if (threadIdx.x % 4 == 0) exchanged_states[TILE_M * warpgroup + tile_row(r)] = make_float2(own_shift[r], sum);
+            const float shift = states.max[r] == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : exponent_shift(states.max[r], args.scale_log2), sum = sum_of_row(states.sum[r]);
+            if (threadIdx.x % 4 == 0) exchanged_states[TILE_M * warpgroup + tile_row(r)] = make_float2(shift, sum);
         }
         const auto of_whole = [&](int i) { return i < HEAD_DIM_V / 2 ? whole[i] : 0.0f; };
         const auto part = [&](bool of_first, int i) { return of_first ? of_whole(i) : of_whole(OUTPUT_REGISTERS + i); };

@@ -4,10 +4,8 @@
 // P and output in registers, and has the tensor cores to itself while the others are at their softmax.
 // The constants in capitals and wgmma_scores / wgmma_output come from a generated prologue (compiler.py).
 #include "pipeline.cuh"
+#include "rows.cuh"
 
-// The accumulators of m64nNk16 (PTX ISA 9.7.15.5.1.1): register i of a thread is row lane / 4 + 8 * (i / 2 % 2) of its warp's 16 rows and column
-// 8 * (i / 4) + 2 * (lane % 4) + i % 2; a row lives in four lanes.
-constexpr int ROWS_OF_THREAD = 2;
 constexpr int TASKS_IN_FLIGHT = 1, RESULTS_IN_FLIGHT = 4;  // of a combination (splits.cuh), as registers allow
 
 // Where a tile has more rows than a block has keys, the diagonal hides its last block from whole warpgroups, which pass over it.
@@ -22,7 +20,6 @@ constexpr bool IS_WIDE = HEAD_DIM_V > 128, ONE_LOOP = BOUND_LEFT || IS_WIDE || S
 // The maximum is sought among the bits of floats, as integers, where that is worth a second copy of the search.
 constexpr bool COMPARES_BITS = !IS_WIDE && !SPLIT;
 
-__device__ __forceinline__ int fragment_row(int i) { return (i >> 1) & 1; }
 __device__ __forceinline__ int fragment_column(int i) { return 8 * (i >> 2) + (i & 1); }
 __device__ __forceinline__ int output_row(int i) { return fragment_row(i); }
 __device__ __forceinline__ int tile_row(int r) {
@@ -30,7 +27,6 @@ __device__ __forceinline__ int tile_row(int r) {
     return thread / 128 * 64 + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
 }
 
-using Scores = float[TILE_N / 2];
 constexpr int PAIRS_OF_ROW = TILE_N / 8, PAIRS = ROWS_OF_THREAD * PAIRS_OF_ROW;  // of scores that a thread has side by side
 
 // In ping-pong P V of the block before lasts longer than the search for the maximum: the time is filled with the scaling and the first exponentials.
@@ -171,20 +167,6 @@ __device__ __forceinline__ void issue_scores(Scores& scores, const QDescriptors&
     pin(scores);
 }
 
-// output += P V for one block of keys; P's fragments are already in the layout of operand A
-__device__ __forceinline__ void issue_output(float (&output)[HEAD_DIM_V / 2], uint32_t (&probs)[TILE_N / 4], uint32_t v_smem) {
-    const MatrixDescriptor<KV_SLAB> v(v_smem);
-    uint64_t v_steps[TILE_N / 16];
-#pragma unroll
-    for (int step = 0; step < TILE_N / 16; ++step) v_steps[step] = v.at(step * 16 * SLAB_BYTES);
-    pin(output);
-    pin(probs);
-    wgmma_fence();
-    wgmma_output(output, probs, v_steps, 1);
-    wgmma_commit();
-    pin(output);
-}
-
 __device__ __forceinline__ void scale_rows(float (&output)[HEAD_DIM_V / 2], const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM_V / 2; ++i) output[i] *= factor[fragment_row(i)];
@@ -309,15 +291,9 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         await_v();
         release_v();
     };
-    const auto release_tile = [&](uint32_t slot) {
-        __syncwarp();
-        if (signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
-    };
 
     while (true) {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
+        const uint32_t slot = await_tile(buffers, slot_ring);
         const WorkTile& tile = buffers.tile_slots[slot];  // read again where it is needed, rarely, since registers are scarce
         if (tile.first_row < 0) break;
         const int own_first = tile.first_row + 64 * warpgroup;
@@ -331,7 +307,7 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
                 pass_over_k();
                 pass_over_v();
             }
-            release_tile(slot);
+            release_tile(buffers, slot);
             continue;
         }
 
@@ -464,11 +440,11 @@ __device__ __forceinline__ void consume(const Arguments& args, int warpgroup, co
         }
         if (is_done) {
             scale_rows(output, inverse);
-            release_tile(slot);
+            release_tile(buffers, slot);
             store_output(output, to);
             store_lse(lse, to);
         } else {
-            release_tile(slot);
+            release_tile(buffers, slot);
         }
     }
     if (warpgroup == 0) await_turn();  // takes up the last turn, which nobody else would

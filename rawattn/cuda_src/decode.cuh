@@ -9,9 +9,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
     RowStates<ROWS_OF_THREAD> carried_states;
     Ring<TILE_SLOTS> slot_ring;
     while (true) {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
+        const uint32_t slot = await_tile(buffers, slot_ring);
         const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) break;
         Output output;
@@ -22,8 +20,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Buffers& bu
             ++consumer.q_ring.count;
         }
         if (tile.splits == 1 || join_splits(args, tile, warpgroup, output, states, carried, carried_states, buffers.is_last)) consumer.finish(tile, output, states);
-        __syncwarp();
-        if (consumer.signals) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+        release_tile(buffers, slot);
     }
 }
 

@@ -450,6 +450,20 @@ struct Buffers {
     }
 };
 
+// Waits for the tile that the producer tells next, and returns its slot.
+__device__ __forceinline__ uint32_t await_tile(const Buffers& buffers, Ring<TILE_SLOTS>& slot_ring) {
+    const uint32_t slot = slot_ring.stage();
+    mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
+    ++slot_ring.count;
+    return slot;
+}
+
+// Says that the warp has done with the tile.
+__device__ __forceinline__ void release_tile(const Buffers& buffers, uint32_t slot) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+}
+
 // What the producer warp fills, one tile or split after the other.
 struct Rings {
     Ring<Q_STAGES> q;
@@ -556,17 +570,14 @@ __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch
 __device__ __forceinline__ void append_for_tiles(const Arguments& args, const Buffers& buffers) {
     Ring<TILE_SLOTS> slot_ring;
     while (true) {
-        const uint32_t slot = slot_ring.stage();
-        mbarrier_wait(buffers.barriers + TILE_FULL + 8 * slot, slot_ring.phase());
-        ++slot_ring.count;
+        const uint32_t slot = await_tile(buffers, slot_ring);
         const WorkTile& tile = buffers.tile_slots[slot];
         if (tile.first_row < 0) break;
         if (has_new_keys(args, tile)) {
             append_new_keys(args, tile.batch, tile.head * PACK / GQA_RATIO, cached_keys(args, tile.batch), [] { return true; });
             if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + APPENDED);
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+        release_tile(buffers, slot);
     }
 }
 
