@@ -99,7 +99,9 @@ def source(spec: KernelSpec | AppendSpec) -> str:
         "VARLEN": spec.varlen,
         "BF16": spec.dtype == "bfloat16",
     }
-    if not tile.few_rows:
+    if tile.few_rows:
+        constants["RESULTS_OF_CTA"] = tile.results_of_cta(spec)
+    else:
         constants["PING_PONG"] = tile.ping_pong
     element = "bf16" if spec.dtype == "bfloat16" else "f16"
     qk_steps, pv_steps = -(-spec.head_dim // 16), tile.tile_n // 16

@@ -17,7 +17,18 @@ from . import arrays, checks
 from .arrays import Array
 from .compiler import UnsupportedEnvironment, load
 from .spec import AppendSpec, KernelSpec
-from .tiles import MAX_SPLITS, SLAB, cache_spec, grid, heads_per_group, launch_variant, tile_for, tile_rows, tiles_of_sequence
+from .tiles import (
+    MAX_SPLITS,
+    SLAB,
+    cache_spec,
+    grid,
+    heads_per_group,
+    launch_variant,
+    lists_of_splits,
+    tile_for,
+    tile_rows,
+    tiles_of_sequence,
+)
 
 # struct Append of cuda_src/append.cuh
 _CACHED_ROWS, _TABLES = ("k", "v", "k_cache", "v_cache"), ("rotary_cos", "rotary_sin")
@@ -411,7 +422,8 @@ class Plan:
         if places >= PLACES_LIMIT or (spec.varlen and max(largest, share) >= QUOTIENT_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows(spec)} rows, and k {rows_k} rows; needed: fewer")
         packs = heads // spec.pack
-        of_kernel = (cluster * of_a_sequence // packs, packs, batch) if cluster else (ctas, 1, 1)
+        lists = lists_of_splits(spec, packs, tiles, ctas)
+        of_kernel = (cluster, packs, batch) if cluster else (lists, ctas // lists, 1) if spec.split_rows else (ctas, 1, 1)
         self._kernel = _BoundKernel(load(spec), of_kernel, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
 
         fields = block.view(ARGUMENTS)[0]
@@ -421,7 +433,7 @@ class Plan:
         fields["sizes"] = (batch, heads // spec.pack, rows_q, rows_k)
         fields["new_keys"] = new_keys
         fields["mask"] = (left, right, bottom_right)
-        fields["heads_per_group"] = heads_per_group(spec, batch, k.shape[-2], rows_k)
+        fields["heads_per_group"] = packs // lists if spec.split_rows else heads_per_group(spec, batch, k.shape[-2], rows_k)
         fields["page_size"] = k.shape[-3]
         fields["scale_log2"] = scale * math.log2(math.e)
         fields["loads_ahead"] = loads_ahead(spec, lengths)

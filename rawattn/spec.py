@@ -34,7 +34,7 @@ class KernelSpec:
     split_rows: where keys are split among CTAs, the rows of a tile (ROWS_OF_SPLIT_TILES), which the query heads of a KV head share; else 0.
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that another tile serves them better (tiles.is_short).
-    cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_size).
+    cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_sizes).
     alone:      where keys are split, whether a CTA has an SM to itself, though two would fit (tiles.is_alone).
 
     >>> KernelSpec("bfloat16", 128, 128, 4, "causal").name
@@ -70,8 +70,6 @@ class KernelSpec:
         for name in ("cluster", "alone"):
             if getattr(self, name) and not self.split_rows:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: False where keys are not split")
-        if self.alone and self.cluster:
-            raise ValueError(f"alone is {self.alone}; needed: False in a cluster")
 
     @property
     def pack(self) -> int:

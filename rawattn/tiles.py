@@ -16,6 +16,7 @@ SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H
 MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
 BUSY_CTAS = 64  # load from memory at its full rate
+FEW_BLOCKS = 32  # of keys, or 1 MB: what a CTA loads in some 15 us
 # K and V of the heads whose tiles are dealt together, as if each query head had its own, since their Q and output pass through L2 as well
 # (50 MB on an H100): at least and at most, and in between for each key of a sequence.
 GROUP_BYTES, GROUP_BYTES_OF_KEY = (8 << 20, 32 << 20), 16 << 10
@@ -80,7 +81,7 @@ class Tile:
     @property
     def least_blocks(self) -> int:
         """Of few rows: blocks of a split at least, if four splits have so many: the combination takes time too."""
-        return 4 if self.tile_m <= 16 else 8
+        return 4 if self.tile_m <= 16 or (self.tile_m, self.tile_n) == (32, 128) else 8
 
     def q_stages_of(self, spec: KernelSpec) -> int:
         """q_stages, but 1 in a cluster, which has one tile."""
@@ -90,19 +91,31 @@ class Tile:
     def threads(self) -> int:
         return 128 * (1 + self.consumer_warpgroups)
 
+    def splits_of_cta(self, spec: KernelSpec, rows: int) -> int:
+        """Splits of a tile of `rows` rows that each CTA of a cluster has at most: of these, it has room for the results."""
+        unit = 2 if self.tile_m <= 8 else self.tile_m  # rows are kept in so many
+        return min(4, self.results_of_cta(spec) * self.tile_m // (-(-rows // unit) * unit))
+
+    def results_of_cta(self, spec: KernelSpec) -> int:
+        """Results of whole tiles for which each CTA of a cluster has room: four, if that takes no stage and no CTA from an SM."""
+        return 4 if self._bytes(spec, 4) <= SHARED_MEMORY_OF_SM // self.ctas_per_sm - 1024 else 2
+
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
+        return self._bytes(spec, self.results_of_cta(spec) if spec.cluster else 0)
+
+    def _bytes(self, spec: KernelSpec, results: int) -> int:
         q = self.q_stages_of(spec) * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.shares_keys:
             columns = -(-spec.head_dim_v // 32) * 32  # of the output: both warpgroups have as many units of 16
             floats = 2 * columns + 4  # of each row: what the warpgroups exchange, and their states; what is carried
-            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried, and its states
-                floats += columns + 4
+            if spec.cluster:  # what is sent, instead of carried, and its states
+                floats += (results - 1) * columns + 2 * results
         elif self.few_rows:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
             floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
-            if spec.cluster:  # what is sent of two splits for each CTA, instead of carried; the states of all, and what they come to
-                floats += SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS + 4
+            if spec.cluster:  # what is sent, instead of carried; the states of all splits, and what they come to
+                floats += (results - 1) * SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS + 4
         else:
             floats = spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats
@@ -165,7 +178,7 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
     (64, 64, Tile(128, 128, 1, 4, (56, 224), True, "a chunk of queries: as for 128")),
     (128, 128, _few_rows(8, 64, 2, 3, "small blocks, many even in a short sequence; one CTA computes, one loads", 2)),
     (128, 128, _few_rows(16, 64, 2, 2, "as for 8 rows", 2)),
-    (128, 128, _few_rows(32, 64, 2, 5, "the registers of 32 rows leave room for one CTA")),
+    (128, 128, _few_rows(32, 128, 1, 2, "the registers of 32 rows leave room for one CTA; fewer, larger blocks")),
     (128, 128, _few_rows(64, 64, 1, 3, "as for 64 columns")),
     (128, 128, Tile(128, 128, 1, 2, (56, 224), True, "a chunk of queries is bound by the tensor cores, as prefill is")),
     *((192, 128, _few_rows(rows, 64, 1, 4, "as many stages as fit, in one CTA")) for rows in (8, 16, 32)),
@@ -178,8 +191,14 @@ SPLIT_TABLE: tuple[tuple[int, int, Tile], ...] = (
 
 
 def _alone(tile: Tile) -> Tile:
-    """The tile of a CTA that has an SM to itself: the stages of all that would share it."""
-    return replace(tile, ctas_per_sm=1, stages=tile.ctas_per_sm * tile.stages, reason="a tile for nearly each SM, so that none is cut")
+    """The tile of a CTA that has an SM to itself: three stages, since more are not faster."""
+    return replace(tile, ctas_per_sm=1, stages=3, reason="an SM to itself: for nearly each SM one tile, or few CTAs that load")
+
+
+def _in_cluster(tile: Tile, spec: KernelSpec) -> Tile:
+    """The tile of a CTA of a cluster: with a stage less than three or more, if only that leaves room for the results of four splits."""
+    smaller = replace(tile, stages=max(2, tile.stages - 1))
+    return smaller if tile.results_of_cta(spec) < smaller.results_of_cta(spec) else tile
 
 
 def is_short(spec: KernelSpec, rows_q: int) -> bool:
@@ -231,22 +250,28 @@ def tiles_of_sequence(spec: KernelSpec, rows_q: int, heads: int) -> int:
     return -(-rows_q * spec.pack // tile_rows(spec)) * (heads // spec.pack)
 
 
-def cluster_size(spec: KernelSpec, tiles: int, of_sequence: int, keys: int, multiprocessors: int) -> int:
-    """CTAs of a cluster that has the splits of a tile, each at most two; 0 if a list of all splits had better be shared out instead.
+def cluster_sizes(spec: KernelSpec, rows: int, tiles: int, of_sequence: int, keys: int, multiprocessors: int) -> list[int]:
+    """CTAs that the cluster of a tile of `rows` rows may have, the best number first; none where a list of all splits is better.
 
-    That is so where keys are few enough for one split, and where the clusters of all `tiles` would not be on the GPU at once. Clusters grow
-    beyond PORTABLE_CLUSTER only while fewer than BUSY_CTAS would load. A sequence has `keys` keys at most, so that the lengths, which only
-    the device knows, have no say; of the tiles it has `of_sequence`.
+    That is so where a CTA would have more splits than it has room for, where the clusters of all `tiles` would not be on the GPU at once,
+    and where one sequence much longer than the others would wait for its own few CTAs. Clusters grow beyond PORTABLE_CLUSTER only while
+    fewer than BUSY_CTAS would load, and SMs have several CTAs only if those of a cluster find place together. A sequence has `keys` keys at
+    most, so that the lengths, which only the device knows, have no say; of the tiles it has `of_sequence`.
     """
     tile = tile_for(spec)
-    splits = splits_of_a_tile(tile, of_sequence, -(-keys // tile.tile_n))  # fewer keys have no more
-    most, fewest = min(splits, PORTABLE_CLUSTER), -(-splits // 2)
+    blocks = -(-keys // tile.tile_n)
+    splits = splits_of_a_tile(tile, of_sequence, blocks)  # fewer keys have no more
+    most, fewest = min(splits, PORTABLE_CLUSTER), max(1, -(-splits // tile.splits_of_cta(spec, rows)))
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
-    while size // 2 >= fewest and tiles * size > multiprocessors:
-        size //= 2
     while 2 * size <= min(splits, LARGEST_CLUSTER) and tiles * size < BUSY_CTAS and 2 * tiles * size <= multiprocessors:
         size *= 2
-    return size if size > 1 and tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1) else 0
+    sizes = []
+    while size >= fewest:
+        are_at_once = tiles * size <= multiprocessors * (tile.ctas_per_sm if size <= 2 else 1)
+        if are_at_once and (of_sequence * size >= BUSY_CTAS or -(-splits // size) * -(-blocks // splits) <= FEW_BLOCKS):
+            sizes.append(size)
+        size //= 2
+    return sizes
 
 
 def is_alone(spec: KernelSpec, tiles: int, multiprocessors: int) -> bool:
@@ -265,23 +290,26 @@ def launch_variant(
 
     `are_at_once` says whether the GPU holds as many clusters of so many CTAs as there are tiles.
     """
-    if not tile_for(spec).few_rows:
+    tile = tile_for(spec)
+    if not tile.few_rows:
         return spec, 0
     of_sequence = tiles_of_sequence(spec, rows_q, heads)
-    tiles, in_cluster = batch * of_sequence, replace(spec, cluster=True)
-    if is_alone(spec, tiles, multiprocessors):
-        return replace(spec, alone=True), 0
-    size = cluster_size(in_cluster, tiles, of_sequence, keys, multiprocessors)
-    return (in_cluster, size) if size and are_at_once(in_cluster, tiles, size) else (spec, 0)
+    tiles, rows = batch * of_sequence, min(rows_q * spec.pack, tile_rows(spec))
+    in_cluster = replace(spec, cluster=True)
+    for size in cluster_sizes(in_cluster, rows, tiles, of_sequence, keys, multiprocessors):
+        variant = replace(in_cluster, alone=tile.ctas_per_sm > 1 and tiles * size <= BUSY_CTAS)
+        if are_at_once(variant, tiles, size):
+            return variant, size
+    return replace(spec, alone=is_alone(spec, tiles, multiprocessors)), 0
 
 
 def launch_variants(spec: KernelSpec) -> tuple[KernelSpec, ...]:
-    """`spec`, and what a launch may take instead: clusters, or CTAs that have an SM to themselves."""
+    """`spec`, and what a launch may take instead: clusters, CTAs that have an SM to themselves, or clusters of such."""
     tile, variants = tile_for(spec), [spec]
     if tile.few_rows:
         variants.append(replace(spec, cluster=True))
     if tile.ctas_per_sm > 1:
-        variants.append(replace(spec, alone=True))
+        variants += [replace(spec, alone=True), replace(spec, cluster=True, alone=True)]
     return tuple(dict.fromkeys(variants))
 
 
@@ -294,6 +322,15 @@ def grid(spec: KernelSpec, batch: int, tiles: int, multiprocessors: int) -> int:
     if batch * SPLITS_OF_A_SEQUENCE > multiprocessors:
         multiprocessors *= tile_for(spec).ctas_per_sm  # fewer splits are better spread over as many SMs
     return min(multiprocessors, tiles * MAX_SPLITS)
+
+
+def lists_of_splits(spec: KernelSpec, heads: int, tiles: int, ctas: int) -> int:
+    """How many lists there are of the splits of `heads`: one, or one for each head, with its part of the CTAs.
+
+    Then the rows that heads have of one key, neighbours in memory, are read at one time though a CTA has several of the `tiles` to read.
+    Where it has no more than one they are so anyway; and chunks are not limited by memory.
+    """
+    return heads if tile_for(spec).few_rows and tiles > ctas and ctas % heads == 0 else 1
 
 
 def heads_per_group(spec: KernelSpec, batch: int, kv_heads: int, keys: int) -> int:
@@ -317,11 +354,14 @@ def heads_per_group(spec: KernelSpec, batch: int, kv_heads: int, keys: int) -> i
 
 
 def tile_for(spec: KernelSpec) -> Tile:
-    """The row of the table that serves `spec`, or its _alone. It depends on the spec alone, so a row's bits cannot depend on its batch."""
+    """The row of the table that serves `spec`, or its _alone or _in_cluster.
+
+    It depends on the spec alone, and its blocks not on how a launch shares them out, so a row's bits cannot depend on its batch.
+    """
     if spec.split_rows:
         for head_dim, head_dim_v, tile in SPLIT_TABLE:
             if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.split_rows == tile.tile_m:
-                return _alone(tile) if spec.alone else tile
+                return _alone(tile) if spec.alone else _in_cluster(tile, spec) if spec.cluster else tile
     for head_dim, head_dim_v, masks, tile in TABLE:
         if spec.head_dim <= head_dim and spec.head_dim_v <= head_dim_v and spec.mask in masks:
             return tile.short or tile if spec.short else tile

@@ -26,9 +26,9 @@ MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "win
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 HEADS, KV_HEADS = 4, 2
 QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
-LENGTHS, CAPACITY = (0, 1, 65, 500), 592  # keys in the cache
-# As many sequences of each length: a cluster's CTA has one split, or two; no clusters, with a tile for nearly each SM, or for more.
-FEW, ALONE, MANY = (1, 7), 16, 17
+LENGTHS, CAPACITY, LARGE = (0, 1, 65, 500), 592, 4736  # keys in the cache, and for how many it has room
+# As many sequences of each length: a cluster's CTA has one split, two, or four if it has room for their results; then a list has them.
+FEW, FULL, MANY = (1, 7), 16, 34
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -85,12 +85,14 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    for times in (*FEW, ALONE, MANY) if tile_for(spec).few_rows else (1,):
-        clusters = launch_variant(spec, times * batch, rows, HEADS, CAPACITY, cp.cuda.Device().attributes["MultiProcessorCount"])[1]
-        assert not tile_for(spec).few_rows or (clusters > 0) == (times in FEW)
+    ways = [(times, CAPACITY) for times in (*FEW, FULL, MANY)] + [(FULL, LARGE)]  # the last has a tile for nearly each SM, and no clusters
+    for times, capacity in ways if tile_for(spec).few_rows else ways[:1]:
+        variant, clusters = launch_variant(spec, times * batch, rows, HEADS, capacity, cp.cuda.Device().attributes["MultiProcessorCount"])
+        if tile_for(spec).few_rows and (times, capacity) != (FULL, CAPACITY):
+            assert (clusters > 0) == (times in FEW)
         many = cp.concatenate([q] * times)
-        out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec), times), **masks, return_lse=True)
-        report(f"{spec.name} read by {len(many)}, {clusters} CTAs a cluster", out)
+        out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec, capacity), times), **masks, return_lse=True)
+        report(f"{variant.name} read by {len(many)}, {clusters} CTAs a cluster", out)
     k, v = (array(rows, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
     cos_sin = array(CAPACITY, 1, 16, spec.dtype, 2)
     masks |= {"rotary_cos": cos_sin[0, :, 0], "rotary_sin": cos_sin[1, :, 0]}
@@ -101,15 +103,15 @@ def split_call(spec: KernelSpec) -> None:
         report(f"{spec.name} packed", rawattn.attention_with_kvcache(q, k=k, v=v, **cache(spec), **masks, return_lse=True)[0])
 
 
-def cache(spec: KernelSpec) -> dict[str, Any]:
+def cache(spec: KernelSpec, capacity: int = CAPACITY) -> dict[str, Any]:
     """A cache of LENGTHS, in memory that is NaN wherever it holds no key; the pages of all sequences lie backwards."""
     batch = len(LENGTHS)
     arguments: dict[str, Any] = {"cache_seqlens": cp.asarray(LENGTHS, np.int32)}
     if spec.page_rows:
-        table = np.arange(batch * CAPACITY // spec.page_rows, dtype=np.int32)[::-1].reshape(batch, -1)
+        table = np.arange(batch * capacity // spec.page_rows, dtype=np.int32)[::-1].reshape(batch, -1)
         arguments["page_table"] = cp.asarray(np.ascontiguousarray(table))
     for name, dim in (("k_cache", spec.head_dim), ("v_cache", spec.head_dim_v)):
-        rows = normal(CAPACITY, KV_HEADS, dim, spec.dtype, batch)
+        rows = normal(capacity, KV_HEADS, dim, spec.dtype, batch)
         for b, length in enumerate(LENGTHS):
             rows[b, length:] = math.nan
         if spec.page_rows:

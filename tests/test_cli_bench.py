@@ -592,7 +592,7 @@ def test_source_is_that_of_the_compiler() -> None:
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--source")
     assert result.stdout == compiler.source(KernelSpec("bfloat16", 64, 64, 4, "full")) + "\n"
     result = run("explain", "--head-dim", 64, "--gqa", 4, "--kv-cache", "--source")
-    assert result.stdout == compiler.source(KernelSpec("bfloat16", 64, 64, 4, "full", True, 8, cluster=True)) + "\n"
+    assert result.stdout == compiler.source(KernelSpec("bfloat16", 64, 64, 4, "full", True, 8, cluster=True, alone=True)) + "\n"
 
 
 def test_sass_comes_from_the_disassembler(compiles: list[KernelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ GEOMETRIES = {
 KV_HEADS = 2
 CAPACITY = 640
 LENGTHS = (0, 1, 63, 64, 65, 127, 129, 500, CAPACITY)
-MANY = 8  # times LENGTHS: more tiles than can have clusters
+SOME, MANY = 8, 15  # times LENGTHS: tiles that may have clusters of one or two CTAs, and more than can have any
 NO_PAGE = 2**31 - 1
 
 # The same, and as many queries as make tiles of 8, 16, 32 and 64 rows.
@@ -221,11 +221,11 @@ def test_any_length(geometry: str, page_size: int | None) -> None:
 @pytest.mark.parametrize("page_size", [None, 64])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_any_length_of_many_sequences(geometry: str, page_size: int | None) -> None:
-    for rows in (1, 2, 5, 16):
+    for rows, times in ((1, SOME), (1, MANY), (2, MANY), (5, SOME), (16, MANY)):
         for append in (False, True):
             lengths = lengths_before(rows) if append else list(LENGTHS)
-            call = make(geometry, MANY * lengths, rows, append=append, page_size=page_size)
-            assert clusters(call) == 0
+            call = make(geometry, times * lengths, rows, append=append, page_size=page_size)
+            assert times == SOME or clusters(call) == 0
             assert_right(call)
 
 
@@ -361,9 +361,11 @@ def test_a_row_has_the_same_bits_in_a_cluster_and_in_the_list(decode: str, page_
     call = decode_step(decode, page_size)
     right, right_lse = assert_right(call)
     alone, few, many = [[b] for b in EVERYONE], [[b, (b + 3) % 8, (b + 5) % 8] for b in EVERYONE], [8 * EVERYONE, 9 * EVERYONE]
+    short = [3 * EVERYONE[:7], 10 * EVERYONE[:6], 22 * EVERYONE[:6]]  # four splits for a CTA, two CTAs for an SM, all splits in one CTA
     assert all(clusters(selected(call, sequences)) > 0 for sequences in alone + few)
     assert all(clusters(selected(call, sequences)) == 0 for sequences in many)
-    for sequences in [*alone, *few, *many]:
+    assert clusters(selected(call, short[0], DECODE_LENGTHS[6])) == 2
+    for sequences in [*alone, *few, *short, *many]:
         longest = max(DECODE_LENGTHS[b] for b in sequences)
         ways = (False, True) if page_size is None and len(sequences) < 8 else (False,)
         for capacity, copied in itertools.product((None, max(1, longest)), ways):
@@ -392,7 +394,7 @@ def test_keys_that_are_loaded_while_others_are_appended_change_no_bit(rows: int,
     """Ten times in clusters, which load the first keys before they know the length, beside the list."""
     call = make("128", [0, 1, 61, 62, 63, 64, 125, 126, 127, 500], rows, rotary=rotary)
     arrays = [name for name, x in call.items() if isinstance(x, cp.ndarray) and not name.startswith("rotary")]
-    many = call | {name: cp.concatenate([call[name]] * 8) for name in arrays}
+    many = call | {name: cp.concatenate([call[name]] * 14) for name in arrays}
     assert clusters(call) > 0 and clusters(many) == 0
     right, right_lse = rawattn.attention_with_kvcache(**many, return_lse=True)
     for _ in range(10):

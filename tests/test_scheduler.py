@@ -21,6 +21,8 @@ from rawattn.launch import PLACES_LIMIT, loads_ahead
 from rawattn.reference import Window, visible_keys
 from rawattn.spec import DTYPES, MASKS, KernelSpec
 from rawattn.tiles import (
+    BUSY_CTAS,
+    FEW_BLOCKS,
     FEW_KEYS,
     GROUP_BYTES,
     MAX_SPLITS,
@@ -31,12 +33,13 @@ from rawattn.tiles import (
     SPLITS_OF_A_SEQUENCE,
     TABLE,
     Tile,
-    cluster_size,
+    cluster_sizes,
     grid,
     heads_per_group,
     is_alone,
     launch_variant,
     launch_variants,
+    lists_of_splits,
     slabs,
     split_rows,
     splits_of_a_tile,
@@ -337,17 +340,25 @@ def test_every_spec_whose_keys_are_split_has_a_tile_of_its_own_that_fits_the_mul
         assert tile.tile_n % (64 if tile.few_rows else 16) == 0 and tile.tile_n <= 256, spec
         assert tile.shared_memory_bytes(spec) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
         if tile.few_rows:
-            in_cluster = replace(spec, cluster=True)
-            assert tile_for(in_cluster) is tile
-            assert tile.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // tile.ctas_per_sm - 1024, spec
-            q_and_p = rows * (slabs(head_dim) + (0 if tile.shares_keys else 2 * slabs(tile.tile_n)))
-            operands = 2 * SLAB * (q_and_p + tile.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v)))
-            # To a CTA: two splits' worth of columns, and all states; or of rows, besides what two warpgroups exchange.
-            sent = 4 * rows * (3 * head_dim_v + 8 if tile.shares_keys else 2 * SLAB * slabs(head_dim_v) + 2 * MAX_SPLITS)
-            assert operands + sent <= tile.shared_memory_bytes(in_cluster), spec
-        alone = tile_for(replace(spec, alone=True))
-        assert alone.ctas_per_sm == 1 and alone.stages == tile.stages * tile.ctas_per_sm
-        assert alone.shared_memory_bytes(replace(spec, alone=True)) <= SHARED_MEMORY_LIMIT, spec
+            for in_cluster in [variant for variant in launch_variants(spec) if variant.cluster]:
+                of_cluster = tile_for(in_cluster)
+                assert (of_cluster.tile_m, of_cluster.tile_n) == (tile.tile_m, tile.tile_n)
+                assert of_cluster.shared_memory_bytes(in_cluster) <= SHARED_MEMORY_OF_SM // of_cluster.ctas_per_sm - 1024, spec
+                q_and_p = rows * (slabs(head_dim) + (0 if tile.shares_keys else 2 * slabs(tile.tile_n)))
+                operands = 2 * SLAB * (q_and_p + of_cluster.stages * tile.tile_n * (slabs(head_dim) + slabs(head_dim_v)))
+                # To a CTA: that many splits' worth of columns, and all states; or of rows, besides what two warpgroups exchange.
+                results = of_cluster.results_of_cta(in_cluster)
+                sent = results * SLAB * slabs(head_dim_v) + 2 * MAX_SPLITS
+                if tile.shares_keys:
+                    sent = (results + 1) * head_dim_v + 4 + 2 * results
+                assert operands + 4 * rows * sent <= of_cluster.shared_memory_bytes(in_cluster), spec
+                for used in range(1, rows + 1):  # a result has as many rows as there are, rounded up
+                    kept = used + used % 2 if rows == 8 else rows
+                    assert 2 <= results <= of_cluster.splits_of_cta(in_cluster, used) <= min(4, results * rows // kept)
+        if tile.ctas_per_sm > 1:
+            alone = replace(spec, alone=True)
+            assert tile_for(alone).ctas_per_sm == 1 and tile_for(alone).stages >= tile.stages
+            assert tile_for(alone).shared_memory_bytes(alone) <= SHARED_MEMORY_LIMIT, spec
         producer, consumer = tile.registers
         assert tile.registers == (0, 0) or all(24 <= registers <= 256 and registers % 8 == 0 for registers in tile.registers), spec
         assert 128 * tile.ctas_per_sm * (producer + tile.consumer_warpgroups * consumer) <= 65536, spec
@@ -439,27 +450,47 @@ def spec_of_row(head_dim: int, head_dim_v: int, rows: int) -> KernelSpec:
 
 
 @examples
-@example(FEW_ROWS[0], 2, 60, 1000, 132)  # nearly a tile for each SM
-@given(st.sampled_from(FEW_ROWS), st.integers(1, 160), st.integers(1, 140), st.integers(0, 100000), st.sampled_from([78, 114, 132]))
+@example(FEW_ROWS[0], 2, 60, 1000, 132, 8)  # nearly a tile for each SM
+@example(FEW_ROWS[3], 8, 32, 500, 132, 8)
+@given(
+    st.sampled_from(FEW_ROWS),
+    st.integers(1, 160),
+    st.integers(1, 140),
+    st.integers(0, 100000),
+    st.sampled_from([78, 114, 132]),
+    st.integers(1, 64),
+)
 def test_clusters_hold_all_splits_and_are_on_the_gpu_at_once(
-    row: tuple[int, int, Tile], heads: int, batch: int, keys: int, multiprocessors: int
+    row: tuple[int, int, Tile], heads: int, batch: int, keys: int, multiprocessors: int, rows: int
 ) -> None:
     head_dim, head_dim_v, tile = row
-    tiles = batch * heads
-    spec = spec_of_row(head_dim, head_dim_v, tile.tile_m)
-    size = cluster_size(spec, tiles, heads, keys, multiprocessors)
-    assert size in (0, 2, 4, 8, 16)
-    lengths = range(1, -(-keys // tile.tile_n) + 1)
-    most = max((splits_of_a_tile(tile, heads, blocks) for blocks in lengths), default=1)
+    tiles, rows = batch * heads, min(rows, tile.tile_m)
+    spec = replace(spec_of_row(head_dim, head_dim_v, tile.tile_m), cluster=True)
+    sizes = cluster_sizes(spec, rows, tiles, heads, keys, multiprocessors)
+    assert set(sizes) <= {1, 2, 4, 8, 16} and sizes == sorted(sizes, reverse=True)
+    blocks = -(-keys // tile.tile_n)
+    most = max((splits_of_a_tile(tile, heads, fewer) for fewer in range(1, blocks + 1)), default=1)
 
-    def fits(size: int) -> bool:
-        return tiles * size <= multiprocessors * (tile.ctas_per_sm if size == 2 else 1)
+    def is_good(size: int) -> bool:
+        at_once = tiles * size <= multiprocessors * (tile.ctas_per_sm if size <= 2 else 1)
+        splits = -(-most // size)
+        waits = heads * size < BUSY_CTAS and splits * -(-blocks // most) > FEW_BLOCKS
+        return at_once and splits <= tile_for(spec).splits_of_cta(spec, rows) and not waits
 
-    enough = [n for n in (2, 4, 8, 16) if 2 * n >= most]
-    if size:
-        assert most > 1 and size in enough and fits(size)
-    else:  # only if there is nothing to share, or no room; two splits would want an SM each
-        assert most == 1 or not fits(enough[0]) or (most == 2 and 2 * tiles > multiprocessors)
+    assert all(is_good(size) for size in sizes)
+    assert sizes or not any(is_good(size) for size in (1, 2, 4, 8, 16) if size <= most)
+
+
+@pytest.mark.parametrize("rows, heads, tiles, ctas, lists", [
+    (8, 8, 1024, 264, 8),
+    (8, 8, 264, 264, 1),  # a tile for each CTA
+    (8, 5, 1000, 264, 1),
+    (64, 4, 512, 132, 4),
+    (64, 8, 512, 132, 1),
+    (128, 4, 512, 132, 1),  # chunks
+])  # fmt: skip
+def test_heads_have_lists_of_their_own_where_ctas_have_several_tiles(rows: int, heads: int, tiles: int, ctas: int, lists: int) -> None:
+    assert lists_of_splits(spec_of_row(128, 128, rows), heads, tiles, ctas) == lists
 
 
 @pytest.mark.parametrize(
@@ -481,19 +512,28 @@ def test_only_tiles_of_few_rows_have_clusters(row: tuple[int, int, Tile], tiles:
     assert launch_variant(spec, tiles, 1, 1, keys, 132) == (spec, 0)
 
 
-@pytest.mark.parametrize("batch, rows, heads, keys, are_at_once, cluster", [
-    (1, 32, 8, 4096, True, 8),
-    (1, 64, 8, 4096, True, 8),
-    (2, 64, 4, 4096, True, 8),
-    (2, 64, 4, 4096, False, 0),
-    (16, 64, 8, 32768, True, 0),
+@pytest.mark.parametrize("batch, rows, heads, keys, largest, expected", [
+    (1, 32, 8, 4096, 16, (8, False)),
+    (1, 64, 8, 4096, 16, (8, False)),
+    (2, 64, 8, 4096, 16, (8, False)),
+    (2, 64, 8, 4096, 4, (4, False)),  # no GPC has room for eight
+    (2, 64, 8, 4096, 1, (0, False)),
+    (16, 64, 8, 32768, 16, (0, False)),
+    (1, 8, 8, 8192, 16, (8, True)),  # few CTAs, each with an SM
+    (8, 8, 8, 2048, 16, (2, False)),
+    (32, 8, 4, 512, 16, (2, False)),  # two CTAs an SM
+    (32, 8, 8, 512, 16, (1, False)),
+    (32, 8, 4, 512, 0, (0, True)),  # nearly a tile for each SM
+    (8, 8, 4, 8192, 16, (4, False)),
+    (8, 8, 4, 16384, 16, (0, False)),  # a long sequence among short ones would wait for its 16 CTAs
+    (1, 8, 8, 32768, 16, (8, True)),
 ])  # fmt: skip
 def test_tiles_have_clusters_where_all_are_on_the_gpu_at_once(
-    batch: int, rows: int, heads: int, keys: int, are_at_once: bool, cluster: int
+    batch: int, rows: int, heads: int, keys: int, largest: int, expected: tuple[int, bool]
 ) -> None:
-    spec = spec_of_row(128, 128, rows)
-    variant = launch_variant(spec, batch, rows, heads, keys, 132, lambda *_: are_at_once)
-    assert variant == (replace(spec, cluster=cluster > 0), cluster)
+    spec, (cluster, alone) = spec_of_row(128, 128, rows), expected
+    variant = launch_variant(spec, batch, rows, heads, keys, 132, lambda spec, tiles, size: size <= largest)
+    assert variant == (replace(spec, cluster=cluster > 0, alone=alone), cluster)
     assert variant[0] in launch_variants(spec)
 
 
@@ -525,7 +565,6 @@ struct Place { int x, y, z; };
 
 static Place blockIdx, gridDim, threadIdx;
 static int rank, ranks;
-int cluster_index() { return blockIdx.x / ranks; }
 int cluster_rank() { return rank; }
 int cluster_size() { return ranks; }
 void prefetch_global(const void*) {}
@@ -606,17 +645,17 @@ extern "C" bool new_keys_in(const WorkTile* tile, int new_keys) {
 extern "C" int words_of_a_tile() { return sizeof(WorkTile) / sizeof(int); }
 
 // The splits that a CTA takes, in its order; returns how many there are. It is number `cta` of a grid of `ctas` or, if `of_cluster`,
-// of the cluster of tile (b, head, m_block).
-extern "C" int share(bool of_cluster, int b, int head, int m_block, int cta, int ctas, int most_splits, int batch, int heads, int seqlen_q,
+// of the cluster of tile (b, head). Heads have `lists` lists.
+extern "C" int share(bool of_cluster, int b, int head, int cta, int ctas, int lists, int most_splits, int batch, int heads, int seqlen_q,
                      int seqlen_k, const int* cu_seqlens_q, const int* cu_seqlens_k, const int* cache_seqlens, int left, int right,
                      int size, WorkTile* tiles) {
     static char stacks[32][1 << 16];
     Arguments args{};
-    args.batch = batch, args.heads = heads, args.seqlen_q = seqlen_q, args.seqlen_k = seqlen_k;
+    args.batch = batch, args.heads = heads, args.heads_per_group = heads / lists, args.seqlen_q = seqlen_q, args.seqlen_k = seqlen_k;
     args.cu_seqlens_q = cu_seqlens_q, args.cu_seqlens_k = cu_seqlens_k, args.cache_seqlens = cache_seqlens;
     args.left = left, args.right = right, args.bottom_right = 1, args.most_splits = most_splits;
-    arguments = &args, gridDim.x = ranks = ctas, rank = cta;
-    blockIdx = of_cluster ? Place{m_block * ctas + cta, head, b} : Place{cta, 0, 0};
+    arguments = &args, gridDim = {lists, ctas / lists, 1}, ranks = ctas, rank = cta;
+    blockIdx = of_cluster ? Place{cta, head, b} : Place{cta % lists, cta / lists, 0};
     written = tiles, room = size, found = 0;
     for (size_t i = 0; i < sizeof slots / sizeof(int); ++i) reinterpret_cast<int*>(slots)[i] = 1000 * i;  // what another kernel left there
     for (int lane = 0; lane < 32; ++lane) {
@@ -666,9 +705,10 @@ def shares(
     q_lengths: list[int],
     k_lengths: list[int],
     window: Window,
-    cluster: tuple[int, int, int] | None = None,
+    cluster: tuple[int, int] | None = None,
+    lists: int = 1,
 ) -> list[list[Split]]:
-    """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of the cluster of tile (b, head, m_block)."""
+    """The splits that each of `ctas` CTAs takes, in its order: those of the grid, or of the cluster of tile (b, head)."""
     if tile_for(spec).few_rows:  # a cache, and as many queries for each sequence
         (seqlen_q,) = set(q_lengths)
         lengths = [None, None, np.array(k_lengths, np.intc)]
@@ -680,20 +720,19 @@ def shares(
     counted = tiles_of_sequence(spec, seqlen_q, heads * spec.pack) if tile_for(spec).few_rows else heads
     most = tile_for(spec).most_splits(counted)
     sizes = most, len(q_lengths), heads, seqlen_q, max(k_lengths)
-    of, result = (cluster is not None, *(cluster or (0, 0, 0))), []
+    of, result = (cluster is not None, *(cluster or (0, 0))), []
     for cta in range(ctas):
-        found = library["share"](*of, cta, ctas, *sizes, *pointers, *window_bounds(False, window), len(buffer), tiles)
+        found = library["share"](*of, cta, ctas, lists, *sizes, *pointers, *window_bounds(False, window), len(buffer), tiles)
         assert found <= len(buffer)
         result.append([dict(zip(WORK_TILE, row, strict=True)) for row in buffer[:found].tolist()])
     return result
 
 
 def draw_lengths(data: st.DataObject, spec: KernelSpec, sequences: st.SearchStrategy[list[tuple[int, int]]]) -> tuple[list[int], list[int]]:
-    """Lengths of q and k; where rows are few all sequences have as many queries, of one tile or, of 32 rows, of two."""
+    """Lengths of q and k; where rows are few all sequences have as many queries, of one tile."""
     q_lengths, k_lengths = map(list, zip(*data.draw(sequences, "sequences"), strict=True))
     if tile_for(spec).few_rows:
-        rows = 64 if spec.split_rows == 32 else spec.split_rows
-        q_lengths = [data.draw(st.integers(1, rows // spec.pack), "queries")] * len(k_lengths)
+        q_lengths = [data.draw(st.integers(1, spec.split_rows // spec.pack), "queries")] * len(k_lengths)
     return q_lengths, k_lengths
 
 
@@ -729,9 +768,11 @@ def test_every_split_is_in_one_share_and_all_who_have_part_of_a_tile_agree(
         st.lists(sequence, min_size=1, max_size=32), st.lists(sequence, min_size=33, max_size=70), st.lists(long, min_size=1, max_size=5)
     )
     q_lengths, k_lengths = draw_lengths(data, spec, batches)
-    ctas, heads = data.draw(st.integers(1, 140), "CTAs"), data.draw(st.sampled_from([1, 2, 8]), "heads")
+    heads = data.draw(st.sampled_from([1, 2, 8]), "heads")
+    lists = data.draw(st.sampled_from([1, heads]), "lists")
+    ctas = lists * data.draw(st.integers(1, 140 // lists), "CTAs of a list")
     window: Window = {"full": (None, None), "causal": (None, 0), "window": (data.draw(st.integers(0, 3000), "left"), 0)}[spec.mask]
-    taken = shares(tile_lists[spec], spec, ctas, heads, q_lengths, k_lengths, window)
+    taken = shares(tile_lists[spec], spec, ctas, heads, q_lengths, k_lengths, window, lists=lists)
 
     tiles = by_tile(taken)
     tile_n = tile_for(spec).tile_n
@@ -852,14 +893,12 @@ def test_a_cluster_of_any_size_has_the_splits_of_its_tile_that_the_list_has(
     window: Window = (left, None if spec.mask == "full" else 0)
     of_list = replace(spec, cluster=False)
     listed = by_tile(shares(tile_lists[of_list], of_list, data.draw(st.integers(1, 140), "CTAs"), heads, q_lengths, k_lengths, window))
-    m_blocks = -(-q_lengths[0] * spec.pack // tile_rows(spec))
-    places = itertools.product(range(len(k_lengths)), range(heads), range(m_blocks))
-    assert len(listed) == len(k_lengths) * heads * m_blocks
+    assert len(listed) == len(k_lengths) * heads
     same = set(WORK_TILE) - {"run_begin", "run_end", "first_splits", "slot"}  # all but who has it
-    for b, head, m_block in places:
-        expected = [split for _, split in listed[b, head, m_block * tile_rows(spec)]]
-        size = data.draw(st.sampled_from([n for n in (2, 4, 8, 16) if 2 * n >= len(expected)]), "size")
-        ranks = shares(tile_lists[spec], spec, size, heads, q_lengths, k_lengths, window, cluster=(b, head, m_block))
+    for b, head in itertools.product(range(len(k_lengths)), range(heads)):
+        expected = [split for _, split in listed[b, head, 0]]
+        size = data.draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if 4 * n >= len(expected)]), "size")
+        ranks = shares(tile_lists[spec], spec, size, heads, q_lengths, k_lengths, window, cluster=(b, head))
         for rank, of_rank in enumerate(ranks):  # dealt in turn
             assert [split["split"] for split in of_rank] == list(range(rank, len(expected), size))
             assert all(split["run_begin"] == rank for split in of_rank)  # for which Q is loaded
@@ -871,6 +910,6 @@ def test_a_cluster_of_any_size_has_the_splits_of_its_tile_that_the_list_has(
 def test_of_a_sequence_without_keys_the_first_cta_of_a_cluster_has_the_only_split(
     tile_lists: dict[KernelSpec, ctypes.CDLL], spec: KernelSpec
 ) -> None:
-    first, *others = shares(tile_lists[spec], spec, 8, 2, [1, 1], [0, 5000], (None, 0), cluster=(0, 1, 0))
+    first, *others = shares(tile_lists[spec], spec, 8, 2, [1, 1], [0, 5000], (None, 0), cluster=(0, 1))
     assert [(x["batch"], x["head"], x["split"], x["splits"], x["first_block"]) for x in first] == [(0, 1, 0, 1, 0)]
     assert others == [[]] * 7

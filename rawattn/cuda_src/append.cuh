@@ -84,4 +84,12 @@ struct Append {
     Rows k_cache;  // [B_cache, S_max, Hkv, D] or [N, page_size, Hkv, D]
     Rows v_cache;  // [B_cache, S_max, Hkv, Dv] or [N, page_size, Hkv, Dv]
     Rotary rotary;
+
+    // Where the cache has a sequence's row of K or V.
+    template <class Arguments>
+    __device__ char* cached(const Arguments& args, bool is_paged, bool is_v, int batch, int position, int kv_head) const {
+        const Rows& cache = is_v ? v_cache : k_cache;
+        if (!is_paged) return cache.at(args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, position, kv_head);
+        return cache.at(args.page_table[batch * args.page_table_stride + position / args.page_size], position % args.page_size, kv_head);
+    }
 };

@@ -64,12 +64,7 @@ extern "C" __global__ void append_kv(const __grid_constant__ Arguments args) {
         to = args.rotated_q.at(array_batch, row, head);
     } else {
         if (position < 0 || position >= args.capacity) return;  // a row that does not fit is dropped
-        int cache_batch = args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, cache_row = position;
-        if (args.page_table != nullptr) {
-            cache_batch = args.page_table[batch * args.page_table_stride + position / args.page_size];
-            cache_row = position % args.page_size;
-        }
-        to = (is_v ? append.v_cache : append.k_cache).at(cache_batch, cache_row, head);
+        to = append.cached(args, args.page_table != nullptr, is_v, batch, position, head);
     }
     to += 2 * column;
     if (is_rotated) {

@@ -389,9 +389,9 @@ struct ResultBuffers {
     float2* states;       // [splits, rows]: what the exponents are relative to, by which the factor of the split's output is then replaced, and the sum
 
     __device__ __forceinline__ ResultBuffers(const Arguments& args, float* memory)
-        : rows((min(TILE_ROWS, args.seqlen_q * PACK - m_block_of_cluster(args) * TILE_ROWS) + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT),
+        : rows((args.seqlen_q * PACK + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT),
           columns_of_rank(64 * SLABS_V >> (__ffs(cluster_size()) - 1)),  // the size is a power of two
-          outs(memory), ends(reinterpret_cast<RowEnd*>(memory + 2 * OUTPUT_REGISTERS * CONSUMER_THREADS)), states(reinterpret_cast<float2*>(ends + TILE_M)) {}
+          outs(memory), ends(reinterpret_cast<RowEnd*>(memory + RESULTS_OF_CTA * OUTPUT_REGISTERS * CONSUMER_THREADS)), states(reinterpret_cast<float2*>(ends + TILE_M)) {}
 };
 
 // Where a thread sends its part of a split's result. `outs` and `states` are at the same place in each CTA.

@@ -150,7 +150,7 @@ struct Consumer {
         };
         const auto start_output = [&] {
             v_blocks.await(own_barriers + V_FULL);
-            issue_output(whole, probs, (buffers.v + v_blocks.stage() * V_BYTES) & 0x3ffff);  // without the CTA's rank, which stands where the descriptor has the distance of slabs
+            issue_output(whole, probs, buffers.v + v_blocks.stage() * V_BYTES);
         };
         const auto await_output = [&] {
             wgmma_wait<0>();
@@ -287,8 +287,8 @@ struct ResultBuffers {
     float2* states;    // [splits, rows_of_rank]: what the exponents are relative to, and the sum
 
     __device__ __forceinline__ ResultBuffers(const Arguments& args, float* memory)
-        : rows(min(TILE_ROWS, args.seqlen_q * PACK - m_block_of_cluster(args) * TILE_ROWS)), rows_of_rank(TILE_M >> (__ffs(cluster_size()) - 1)),  // the size is a power of two
-          outs(memory), states(reinterpret_cast<float2*>(memory + 2 * TILE_M * PLACED_COLUMNS)) {}
+        : rows(args.seqlen_q * PACK), rows_of_rank(TILE_M >> (__ffs(cluster_size()) - 1)),  // the size is a power of two
+          outs(memory), states(reinterpret_cast<float2*>(memory + RESULTS_OF_CTA * TILE_M * PLACED_COLUMNS)) {}
 };
 
 // Where a thread sends its part of a split's result. `outs` and `states` are at the same place in each CTA.

@@ -1,18 +1,15 @@
 // A tile's splits in a cluster of CTAs, for few sequences. There what comes before the first product and after the last one is half of the time, and
 // instructions are its greater part: so no thread is told what to do, each finds it out while the first keys are on their way, and the results meet in
-// shared memory. The grid is [B, heads, tiles of a head * CTAs of a cluster].
+// shared memory. A KV head of few rows has one tile; the grid is [B, heads, CTAs of a cluster].
 #pragma once
 
 static_assert(!CLUSTER || (PRODUCER_REGISTERS == 0 && CONSUMER_REGISTERS == 0), "run_cluster leaves registers as they are");
 
-// Of the tiles of a head, which are seldom more than one.
-__device__ __forceinline__ int m_block_of_cluster(const Arguments& args) { return args.seqlen_q * PACK <= TILE_ROWS ? 0 : cluster_index(); }
-
-// The first of the splits of this CTA: they are dealt to the CTAs in turn, and as the host sees to, no CTA has more than two.
+// The first of the splits of this CTA: they are dealt to the CTAs in turn, and as the host sees to, each has room for the results of its own.
 __device__ __forceinline__ WorkTile first_split(const Arguments& args, int cached_keys) {
     const Sequence seq = sequence(args, blockIdx.z, cached_keys);
     WorkTile tile;
-    write_tile(args, seq, blockIdx.z, m_block_of_cluster(args), blockIdx.y, tile);
+    write_tile(args, seq, blockIdx.z, 0, blockIdx.y, tile);
     tile.split = tile.run_begin = cluster_rank();
     write_blocks(sequence_places(args, seq), tile);
     return tile;
@@ -47,7 +44,7 @@ __device__ __forceinline__ void start_loads(const Arguments& args, const Buffers
     cluster_arrive();
     if (!speaks || args.loads_ahead == 0) return;
     WorkTile tile;  // as if the cache were full: the map begins at the first key
-    write_tile(args, {0, args.seqlen_q, 0, args.seqlen_k, int(blockIdx.z)}, blockIdx.z, m_block_of_cluster(args), blockIdx.y, tile);
+    write_tile(args, {0, args.seqlen_q, 0, args.seqlen_k, int(blockIdx.z)}, blockIdx.z, 0, blockIdx.y, tile);
 #pragma unroll 1
     for (int is_v = 0; is_v < (is_q ? 1 : 2); ++is_v) {
         const TensorMap* map = is_q ? &args.q : is_v ? &args.v : &args.k;

@@ -20,9 +20,9 @@ struct Arguments {
     const int* cache_batch_idx;  // [B], the row of the cache that a sequence has; or null
     const int* cache_leftpad;    // [B], keys at the start of that row that nobody sees; or null
     const int* page_table;       // [B, max_pages]
-    int* arrivals;               // [gridDim.x, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
-    float* partial_out;          // [gridDim.x, most_splits, partial_rows, Dv]: of splits, not yet divided by the sum
-    float2* partial_state;       // [gridDim.x, most_splits, partial_rows, 4]: their maximum and sum
+    int* arrivals;               // [CTAs, CONSUMER_WARPGROUPS], zero before and after a launch: splits of a tile that have arrived in `partial`
+    float* partial_out;          // [CTAs, most_splits, partial_rows, Dv]: of splits, not yet divided by the sum
+    float2* partial_state;       // [CTAs, most_splits, partial_rows, 4]: their maximum and sum
     long long out_batch_stride, out_row_stride, out_head_stride;  // bytes; where sequences are packed, the batch strides are 0
     long long lse_batch_stride;                                   // elements
     long long page_table_stride;                                  // elements
@@ -31,7 +31,7 @@ struct Arguments {
     int new_keys;                                                 // keys that each sequence has beyond cache_seqlens; -1: as many as it has queries
     int left, right;                                              // window around the diagonal
     int bottom_right;                                             // the diagonal ends at the last key (1) or starts at the first (0)
-    int heads_per_group;                                          // heads whose K and V share L2
+    int heads_per_group;                                          // heads whose K and V share L2; SPLIT: that have a list of their own
     int page_size;
     int partial_rows, most_splits;  // what is kept of a tile: rows of a split, and splits; FEW_ROWS: as many as a long sequence's tiles have
     float scale_log2;                                             // softmax scale * log2(e)
@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_tile(const Arguments& args, const Sequence
 // SPLIT: what one sequence adds to the list of all splits; without, to that of all tiles.
 __device__ __forceinline__ Places sequence_places(const Arguments& args, const Sequence& seq) {
     const int rows = seq.q_length * PACK;
-    Places places = {(rows + TILE_ROWS - 1) / TILE_ROWS, args.heads};
+    Places places = {(rows + TILE_ROWS - 1) / TILE_ROWS, SPLIT ? args.heads_per_group : args.heads};
     if constexpr (SPLIT) {
         if (rows > 0) {
             const KeyBlocks blocks = key_blocks(sequence_mask(args, seq.q_length, seq.k_length), 0, rows - 1, 0, rows - 1);
@@ -191,7 +191,8 @@ __device__ __forceinline__ void write_next_split(const WorkTile& last, WorkTile&
 }
 
 // The list of all tiles of a call, which a whole warp reads in rising order. A place in it is a tile's number or, where keys are split, the cost
-// of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other.
+// of all splits before. Then each CTA has the splits that start in its share of the total cost, so that it meets those of one tile one after the other;
+// and every gridDim.x-th head has such a list and gridDim.y CTAs for it, so that the rows of neighbouring heads, which lie side by side, are read at one time.
 struct TileList {
     int first_batch = -1, next_batch = 0;  // lengths on the device: the 32 sequences that the warp has looked at, one a lane, and those that it wants
     int before = 0;                        // the places of all earlier ones
@@ -216,7 +217,7 @@ struct TileList {
     __device__ __forceinline__ int begin(const Arguments& args, const int* parts) {
         if constexpr (!SPLIT) return blockIdx.x;
         const int lane = threadIdx.x % 32, part = lane < CTA_WARPS ? parts[lane] : 0, up_to = inclusive_scan(part), total = __shfl_sync(~0u, up_to, 31);
-        share = divide_up(total, gridDim.x);
+        share = divide_up(total, gridDim.y);
         // Where all tiles are equal, shares end where these do, or at equal parts of them, if they become little longer: then few CTAs or none wait for
         // another's splits, and all heads of a sequence are read at the same pace, as they lie in memory.
         const int of_sequence = __shfl_sync(~0u, own.count(), 0), cost = __shfl_sync(~0u, own.cost, 0);
@@ -230,7 +231,7 @@ struct TileList {
                 if (splits % 2 != 0) break;
             }
         }
-        share_start = min(total, int(blockIdx.x) * share);
+        share_start = min(total, int(blockIdx.y) * share);
         share_end = min(total, share_start + share);
         const uint32_t beyond = __ballot_sync(~0u, up_to > share_start);
         const int first_part = beyond != 0 ? __ffs(beyond) - 1 : 0;
@@ -304,8 +305,8 @@ struct TileList {
     }
 
     __device__ __forceinline__ void write(const Arguments& args, int item, int start, WorkTile& tile) {
-        const int number = divide(item, own.splits), m_block = divide(number, args.heads);
-        write_tile(args, seq, first_batch + threadIdx.x % 32, own.m_blocks - 1 - m_block, number - m_block * args.heads, tile);
+        const int number = divide(item, own.splits), m_block = divide(number, own.heads), head_of_list = number - m_block * own.heads;
+        write_tile(args, seq, first_batch + threadIdx.x % 32, own.m_blocks - 1 - m_block, SPLIT ? head_of_list * gridDim.x + blockIdx.x : head_of_list, tile);
         if constexpr (SPLIT) {
             tile.split = item - number * own.splits;
             write_blocks(own, tile);
@@ -313,12 +314,13 @@ struct TileList {
             tile.run_begin = own.at_or_after(share_start - tile_start);
             tile.run_end = min(own.splits, own.at_or_after(share_end - tile_start));
             remaining = tile.run_end - tile.split - 1;
-            tile.slot = blockIdx.x;
+            tile.slot = blockIdx.y;
             tile.first_splits = tile.run_end;
             if (tile.run_begin > 0) {
                 tile.slot = divide(tile_start, share);
                 tile.first_splits = own.at_or_after((tile.slot + 1) * share - tile_start);
             }
+            tile.slot = tile.slot * gridDim.x + blockIdx.x;
         }
     }
 };
@@ -395,8 +397,8 @@ __device__ __forceinline__ void store_empty(const Arguments& args, const WorkTil
     }
 }
 
-// What no other tile reads leaves L2 first; small pages were slower so.
-constexpr uint64_t KV_POLICY = FEW_ROWS && PAGE_ROWS == 0 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
+// What no other tile reads leaves L2 first.
+constexpr uint64_t KV_POLICY = FEW_ROWS ? L2_EVICT_FIRST : L2_EVICT_NORMAL;
 constexpr uint64_t Q_POLICY = !SPLIT && HEAD_DIM > 128 ? L2_EVICT_FIRST : L2_EVICT_NORMAL;  // narrower ones are no faster so
 
 template <uint64_t L2_POLICY>
@@ -406,9 +408,26 @@ __device__ __forceinline__ void load_slabs(
     for (int slab = 0; slab < slabs; ++slab) tma_load<L2_POLICY>(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
 }
 
-// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it, and each lane looks up one page.
+// PAGE_ROWS > 0: where the rows of a block lie. Each lane knows one piece of a page, from piece `first` of the block on.
+struct Pieces {
+    int row, length, page;
+
+    Pieces() = default;
+    __device__ __forceinline__ Pieces(const Arguments& args, const WorkTile& tile, int block, int first) {
+        // The map of a page slides as that of a sequence does: the last page ends where the sequence ends. Pieces past it load the last key
+        // and zeros, since TMA faults on a box that is out of bounds as a whole where the map's base is no memory.
+        const int key = min(block * TILE_N + (first + int(threadIdx.x) % 32) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
+        length = min(args.page_size, tile.k_length - number * args.page_size);
+        row = args.page_size - length + key - number * args.page_size;
+        page = args.page_table[tile.batch * args.page_table_stride + number];
+    }
+};
+
+constexpr bool LOOKS_UP_EARLY = PAGE_ROWS > 0 && FEW_ROWS;  // where there are registers for it, before the producer waits for a buffer
+
+// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it. LOOKS_UP_EARLY: `first_pieces` are its first.
 __device__ __forceinline__ void load_block(const Arguments& args, const TensorMap* map, int slabs, uint32_t destination, uint32_t barrier, const WorkTile& tile,
-                                           int block) {
+                                           int block, const Pieces& first_pieces) {
     const int kv_head = tile.head * PACK / GQA_RATIO, lane = threadIdx.x % 32;
     if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
     if constexpr (PAGE_ROWS == 0) {
@@ -416,17 +435,12 @@ __device__ __forceinline__ void load_block(const Arguments& args, const TensorMa
     } else {
         constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
         for (int first = 0; first < PIECES; first += 32) {
-            // The map of a page slides as that of a sequence does: the last page ends where the sequence ends. Pieces past it load the last key
-            // and zeros, since TMA faults on a box that is out of bounds as a whole where the map's base is no memory.
-            const int key = min(block * TILE_N + (first + lane) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
-            const int length = min(args.page_size, tile.k_length - number * args.page_size), row = args.page_size - length + key - number * args.page_size;
-            const int page = args.page_table[tile.batch * args.page_table_stride + number];
+            const Pieces pieces = LOOKS_UP_EARLY && first == 0 ? first_pieces : Pieces(args, tile, block, first);
             __syncwarp();
 #pragma unroll 1
             for (int i = 0; i < min(PIECES - first, 32); ++i) {
-                const int piece_row = __shfl_sync(~0u, row, i), piece_length = __shfl_sync(~0u, length, i), piece_page = __shfl_sync(~0u, page, i);
-                if (lane == 0)
-                    load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, piece_row, piece_length, kv_head, piece_page);
+                const int row = __shfl_sync(~0u, pieces.row, i), length = __shfl_sync(~0u, pieces.length, i), page = __shfl_sync(~0u, pieces.page, i);
+                if (lane == 0) load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, row, length, kv_head, page);
             }
         }
     }
@@ -476,18 +490,18 @@ struct Rings {
                                          BeforeBlock before_block, BeforeLast before_last) {
         const int first = FEW_ROWS ? blocks.begin : blocks.end - 1;
         const auto user = [](int number) { return SHARES_KEYS ? SECOND * (number % 2) : 0; };  // of a split's block
-        const auto next_k = [&](int block, int number) {
+        const auto next_k = [&](int block, int number, const Pieces& pieces) {
             if (!has_first || block != first) {
                 before_block(block);
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * k.stage(), k.phase() ^ 1);
-                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + user(number) + K_FULL + 8 * k.stage(), tile, block);
+                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + user(number) + K_FULL + 8 * k.stage(), tile, block, pieces);
             }
             ++k.count;
         };
-        const auto next_v = [&](int block, int number) {
+        const auto next_v = [&](int block, int number, const Pieces& pieces) {
             if (!has_first || block != first) {
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * v.stage(), v.phase() ^ 1);
-                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + user(number) + V_FULL + 8 * v.stage(), tile, block);
+                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + user(number) + V_FULL + 8 * v.stage(), tile, block, pieces);
             }
             ++v.count;
         };
@@ -501,16 +515,19 @@ struct Rings {
             }
             ++q.count;
         };
+        Pieces pieces, pieces_before;
         int before = first, number = 0;
 #pragma unroll 1
         for (int block = first;; block = FEW_ROWS ? (block == first ? blocks.rest : block + 1) : block - 1) {
             const bool exists = FEW_ROWS ? block < blocks.end : block >= blocks.begin;
-            if (exists) next_k(block, number);
+            if (LOOKS_UP_EARLY && exists) pieces = Pieces(args, tile, block, 0);
+            if (exists) next_k(block, number, pieces);
             if (block == first) next_q();
             if (!exists) before_last();
-            if (block != first) next_v(!FEW_ROWS && PAGE_ROWS > 0 ? block + 1 : before, number - 1);  // with pages registers are scarce
+            if (block != first) next_v(!FEW_ROWS && PAGE_ROWS > 0 ? block + 1 : before, number - 1, pieces_before);  // with pages registers are scarce
             if (!exists) break;
             before = block;
+            pieces_before = pieces;
             ++number;
         }
     }
@@ -546,12 +563,7 @@ __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch
             own[i] = load(from);
             if (has_partner[i]) partner[i] = load(from + rotary.dim);
             if (is_rotated[i]) angles[i] = rotary.angles(position, column);
-            int cache_batch = args.cache_batch_idx != nullptr ? args.cache_batch_idx[batch] : batch, cache_row = position;
-            if constexpr (PAGE_ROWS > 0) {
-                cache_batch = args.page_table[batch * args.page_table_stride + position / args.page_size];
-                cache_row = position % args.page_size;
-            }
-            to[i] = (is_v ? append.v_cache : append.k_cache).at(cache_batch, cache_row, kv_head) + 2 * column;
+            to[i] = append.cached(args, PAGE_ROWS > 0, is_v, batch, position, kv_head) + 2 * column;
         }
         if (first == thread && !is_needed()) break;
 #pragma unroll

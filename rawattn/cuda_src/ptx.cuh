@@ -123,7 +123,7 @@ template <int SLAB_STRIDE>
 struct MatrixDescriptor {
     uint32_t low;
 
-    __device__ __forceinline__ explicit MatrixDescriptor(uint32_t address) : low(address >> 4 | SLAB_STRIDE >> 4 << 16) {}
+    __device__ __forceinline__ explicit MatrixDescriptor(uint32_t address) : low((CLUSTER ? address & 0x3ffff : address) >> 4 | SLAB_STRIDE >> 4 << 16) {}  // in a cluster its rank stands above
     __device__ __forceinline__ uint64_t at(int bytes) const {
         constexpr uint32_t high = 1u << 30 | 1024 >> 4;  // swizzle mode 1 in bits 62 and 63, stride of row groups from bit 32
         return uint64_t(high) << 32 | (low + bytes / 16);
@@ -175,13 +175,7 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 
 // ---- thread block clusters ----
 
-// %clusterid, %cluster_ctarank and %cluster_nctarank (10.12, 10.16, 10.17)
-__device__ __forceinline__ int cluster_index() {
-    int index;
-    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-    return index;
-}
-
+// %cluster_ctarank and %cluster_nctarank (10.16, 10.17)
 __device__ __forceinline__ int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
