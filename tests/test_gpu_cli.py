@@ -79,7 +79,7 @@ def test_inputs_are_normal_and_the_same_each_time() -> None:
 @pytest.mark.parametrize("how", ["cluster", "alone", "list"])
 def test_explain_shows_the_variant_that_is_launched(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     multiprocessors = cp.cuda.Device().attributes["MultiProcessorCount"]
-    batch = {"cluster": 1, "alone": multiprocessors // 2, "list": multiprocessors}[how]
+    batch, keys = {"cluster": (1, 777), "alone": (multiprocessors // 2, 4777), "list": (2 * multiprocessors, 777)}[how]
     loaded: list[KernelSpec] = []
 
     def recorded(spec: KernelSpec) -> Any:
@@ -87,11 +87,11 @@ def test_explain_shows_the_variant_that_is_launched(monkeypatch: pytest.MonkeyPa
         return compiler.load(spec)
 
     monkeypatch.setattr(launch, "load", recorded)
-    shape = Shape("fp16", batch, 1, 777, 8, 2, 128, 128, causal=True, cache=True)
-    q, k, v = (cp.zeros((batch, rows, heads, 128), np.float16) for rows, heads in ((1, 8), (777, 2), (777, 2)))
+    shape = Shape("fp16", batch, 1, keys, 8, 2, 128, 128, causal=True, cache=True)
+    q, k, v = (cp.zeros((batch, rows, heads, 128), np.float16) for rows, heads in ((1, 8), (keys, 2), (keys, 2)))
     rawattn.attention_with_kvcache(q, k, v, cache_seqlens=cp.full(batch, 700, np.int32))
     spec, cluster = explain.launched(shape, multiprocessors)
-    assert set(loaded) == {spec} and (cluster > 0) == (how == "cluster") and spec.alone == (how == "alone")
+    assert set(loaded) == {spec} and (cluster > 0) == (how == "cluster") and spec.alone == (how != "list")
 
 
 def test_explain_counts_the_sms_of_this_gpu() -> None:

@@ -48,6 +48,7 @@ constexpr int CTA_WARPS = 4 * (1 + CONSUMER_WARPGROUPS);
 constexpr int TILE_SLOTS = CLUSTER ? 1 : 4;  // tiles that a CTA has in hand: those that it finishes, computes and loads, rounded up to a cheap modulus
 constexpr int BLOCK_WARPS = 4 * (SHARES_KEYS ? 1 : CONSUMER_WARPGROUPS);  // that use a block of keys
 constexpr int APPENDING_WARPS = 3;  // FEW_ROWS: those beside the producer
+constexpr int RELEASING_LANES = FEW_ROWS ? 32 : 1;  // of each warp that has read a tile: that __syncwarp() orders their reads, racecheck does not know
 constexpr int CONSUMER_WARPS = 4 * CONSUMER_WARPGROUPS, CONSUMER_THREADS = 128 * CONSUMER_WARPGROUPS;
 constexpr int WARPGROUP_ROWS = SHARES_KEYS ? TILE_M : TILE_M / CONSUMER_WARPGROUPS;  // each warpgroup has its own, or all of the rows for its share of the keys
 constexpr bool MAY_BE_PACKED = !FEW_ROWS;  // few rows are those of the few queries that the host knows each sequence to have
@@ -408,15 +409,15 @@ __device__ __forceinline__ void load_slabs(
     for (int slab = 0; slab < slabs; ++slab) tma_load<L2_POLICY>(destination + slab * slab_bytes, map, barrier, 64 * slab, row, offset, head, batch);
 }
 
-// PAGE_ROWS > 0: where the rows of a block lie. Each lane knows one piece of a page, from piece `first` of the block on.
-struct Pieces {
+// PAGE_ROWS > 0: where a lane's piece of a page lies, counted from piece `first` of the block.
+struct Piece {
     int row, length, page;
 
-    Pieces() = default;
-    __device__ __forceinline__ Pieces(const Arguments& args, const WorkTile& tile, int block, int first) {
+    Piece() = default;
+    __device__ __forceinline__ Piece(const Arguments& args, const WorkTile& tile, int block, int first) {
         // The map of a page slides as that of a sequence does: the last page ends where the sequence ends. Pieces past it load the last key
         // and zeros, since TMA faults on a box that is out of bounds as a whole where the map's base is no memory.
-        const int key = min(block * TILE_N + (first + int(threadIdx.x) % 32) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
+        const int key = min(block * TILE_N + (first + int(threadIdx.x % 32)) * PAGE_ROWS, tile.k_length - 1), number = key / args.page_size;
         length = min(args.page_size, tile.k_length - number * args.page_size);
         row = args.page_size - length + key - number * args.page_size;
         page = args.page_table[tile.batch * args.page_table_stride + number];
@@ -425,23 +426,22 @@ struct Pieces {
 
 constexpr bool LOOKS_UP_EARLY = PAGE_ROWS > 0 && FEW_ROWS;  // where there are registers for it, before the producer waits for a buffer
 
-// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it. LOOKS_UP_EARLY: `first_pieces` are its first.
+// Loads the TILE_N rows of one block of keys or values: at once, or page by page. Then the whole warp calls it. LOOKS_UP_EARLY: `first_piece` is of the first 32.
 __device__ __forceinline__ void load_block(const Arguments& args, const TensorMap* map, int slabs, uint32_t destination, uint32_t barrier, const WorkTile& tile,
-                                           int block, const Pieces& first_pieces) {
+                                           int block, const Piece& first_piece) {
     const int kv_head = tile.head * PACK / GQA_RATIO, lane = threadIdx.x % 32;
     if (lane == 0) mbarrier_arrive_expect(barrier, slabs * KV_SLAB);
     if constexpr (PAGE_ROWS == 0) {
         load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination, barrier, tile.k_row + block * TILE_N, tile.k_offset, kv_head, tile.k_batch);
     } else {
         constexpr int PIECES = TILE_N / (PAGE_ROWS > 0 ? PAGE_ROWS : TILE_N);
-        for (int first = 0; first < PIECES; first += 32) {
-            const Pieces pieces = LOOKS_UP_EARLY && first == 0 ? first_pieces : Pieces(args, tile, block, first);
-            __syncwarp();
 #pragma unroll 1
-            for (int i = 0; i < min(PIECES - first, 32); ++i) {
-                const int row = __shfl_sync(~0u, pieces.row, i), length = __shfl_sync(~0u, pieces.length, i), page = __shfl_sync(~0u, pieces.page, i);
-                if (lane == 0) load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination + (first + i) * PAGE_ROWS * SLAB_BYTES, barrier, row, length, kv_head, page);
-            }
+        for (int first = 0; first < PIECES; first += 32) {
+            const Piece piece = LOOKS_UP_EARLY && first == 0 ? first_piece : Piece(args, tile, block, first);
+            const int number = first + lane;
+            __syncwarp();
+            if (number < PIECES)  // each lane its own: to tell one lane of all takes twice as long
+                load_slabs<KV_POLICY>(map, slabs, KV_SLAB, destination + number * PAGE_ROWS * SLAB_BYTES, barrier, piece.row, piece.length, kv_head, piece.page);
         }
     }
 }
@@ -475,7 +475,7 @@ __device__ __forceinline__ uint32_t await_tile(const Buffers& buffers, Ring<TILE
 // Says that the warp has done with the tile.
 __device__ __forceinline__ void release_tile(const Buffers& buffers, uint32_t slot) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
+    if (RELEASING_LANES > 1 || threadIdx.x % 32 == 0) mbarrier_arrive(buffers.barriers + TILE_EMPTY + 8 * slot);
 }
 
 // What the producer warp fills, one tile or split after the other.
@@ -490,18 +490,18 @@ struct Rings {
                                          BeforeBlock before_block, BeforeLast before_last) {
         const int first = FEW_ROWS ? blocks.begin : blocks.end - 1;
         const auto user = [](int number) { return SHARES_KEYS ? SECOND * (number % 2) : 0; };  // of a split's block
-        const auto next_k = [&](int block, int number, const Pieces& pieces) {
+        const auto next_k = [&](int block, int number, const Piece& piece) {
             if (!has_first || block != first) {
                 before_block(block);
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + K_EMPTY + 8 * k.stage(), k.phase() ^ 1);
-                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + user(number) + K_FULL + 8 * k.stage(), tile, block, pieces);
+                load_block(args, &args.k, SLABS_QK, buffers.k + k.stage() * K_BYTES, buffers.barriers + user(number) + K_FULL + 8 * k.stage(), tile, block, piece);
             }
             ++k.count;
         };
-        const auto next_v = [&](int block, int number, const Pieces& pieces) {
+        const auto next_v = [&](int block, int number, const Piece& piece) {
             if (!has_first || block != first) {
                 if (threadIdx.x == 0) mbarrier_wait(buffers.barriers + V_EMPTY + 8 * v.stage(), v.phase() ^ 1);
-                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + user(number) + V_FULL + 8 * v.stage(), tile, block, pieces);
+                load_block(args, &args.v, SLABS_V, buffers.v + v.stage() * V_BYTES, buffers.barriers + user(number) + V_FULL + 8 * v.stage(), tile, block, piece);
             }
             ++v.count;
         };
@@ -515,26 +515,26 @@ struct Rings {
             }
             ++q.count;
         };
-        Pieces pieces, pieces_before;
+        Piece piece, piece_before;
         int before = first, number = 0;
 #pragma unroll 1
         for (int block = first;; block = FEW_ROWS ? (block == first ? blocks.rest : block + 1) : block - 1) {
             const bool exists = FEW_ROWS ? block < blocks.end : block >= blocks.begin;
-            if (LOOKS_UP_EARLY && exists) pieces = Pieces(args, tile, block, 0);
-            if (exists) next_k(block, number, pieces);
+            if (LOOKS_UP_EARLY && exists) piece = Piece(args, tile, block, 0);
+            if (exists) next_k(block, number, piece);
             if (block == first) next_q();
             if (!exists) before_last();
-            if (block != first) next_v(!FEW_ROWS && PAGE_ROWS > 0 ? block + 1 : before, number - 1, pieces_before);  // with pages registers are scarce
+            if (block != first) next_v(!FEW_ROWS && PAGE_ROWS > 0 ? block + 1 : before, number - 1, piece_before);  // with pages registers are scarce
             if (!exists) break;
             before = block;
-            pieces_before = pieces;
+            piece_before = piece;
             ++number;
         }
     }
 };
 
-// Puts a sequence's new keys and values of one head into the cache, for TMA to load. Whoever loads them has done it before: the tiles of all query heads of
-// a KV head, if they are several, write the same. Warps 1 to 3 call it, and ask `is_needed` while the new rows are on their way.
+// Puts a sequence's new keys and values of one head into the cache, for TMA to load: whoever loads them has done it before. Warps 1 to 3 call it, and ask
+// `is_needed` while the new rows are on their way.
 template <class IsNeeded>
 __device__ __forceinline__ void append_new_keys(const Arguments& args, int batch, int kv_head, int cached_keys, IsNeeded is_needed) {
     constexpr int THREADS = 32 * APPENDING_WARPS, AT_ONCE = TILE_M <= 16 ? 1 : TILE_M / 16;  // with few queries there are few new rows
@@ -651,6 +651,7 @@ template <class Consume>
 __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffers, Consume consume) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, so that the roles are branches and not predicates
     const bool appends = FEW_ROWS && args.append.k.data != nullptr;
+    const int tile_readers = RELEASING_LANES * (CONSUMER_WARPS + (appends ? APPENDING_WARPS : 0));
     TileList list;
     if (threadIdx.x == 32) {
         prefetch_tensor_map(&args.q);
@@ -660,7 +661,7 @@ __device__ __forceinline__ void run(const Arguments& args, const Buffers& buffer
         for (int barrier = 0; barrier < EMPTY; barrier += 8) {
             mbarrier_init(buffers.barriers + barrier, barrier < APPENDED ? 1 : barrier < TILE_FULL ? APPENDING_WARPS : 32);
             if (SHARES_KEYS && barrier < Q_FULL) mbarrier_init(buffers.barriers + barrier + SECOND, 1);
-            mbarrier_init(buffers.barriers + barrier + EMPTY, barrier < Q_FULL ? BLOCK_WARPS : CONSUMER_WARPS + (appends && barrier >= TILE_FULL ? APPENDING_WARPS : 0));
+            mbarrier_init(buffers.barriers + barrier + EMPTY, barrier < Q_FULL ? BLOCK_WARPS : barrier < TILE_FULL ? CONSUMER_WARPS : tile_readers);
         }
         mbarrier_init_fence();
     }

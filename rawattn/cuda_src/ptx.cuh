@@ -123,7 +123,8 @@ template <int SLAB_STRIDE>
 struct MatrixDescriptor {
     uint32_t low;
 
-    __device__ __forceinline__ explicit MatrixDescriptor(uint32_t address) : low((CLUSTER ? address & 0x3ffff : address) >> 4 | SLAB_STRIDE >> 4 << 16) {}  // in a cluster its rank stands above
+    // In a cluster the CTA's rank stands above bit 18 of an address.
+    __device__ __forceinline__ explicit MatrixDescriptor(uint32_t address) : low((CLUSTER ? address & 0x3ffff : address) >> 4 | SLAB_STRIDE >> 4 << 16) {}
     __device__ __forceinline__ uint64_t at(int bytes) const {
         constexpr uint32_t high = 1u << 30 | 1024 >> 4;  // swizzle mode 1 in bits 62 and 63, stride of row groups from bit 32
         return uint64_t(high) << 32 | (low + bytes / 16);
