@@ -30,6 +30,12 @@ from .tiles import (
     tiles_of_sequence,
 )
 
+
+def _offset(arguments: np.dtype, field: str) -> int:
+    assert arguments.fields is not None
+    return arguments.fields[field][1]
+
+
 # struct Append of cuda_src/append.cuh
 _CACHED_ROWS, _TABLES = ("k", "v", "k_cache", "v_cache"), ("rotary_cos", "rotary_sin")
 _ROWS = np.dtype([("data", "u8"), ("strides", "3i8")])
@@ -40,6 +46,7 @@ APPEND = np.dtype(
         *((name, "i4") for name in ("rotary_dim", "max_position", "interleaved", "query_advances")),
     ]
 )
+_APPEND_ADDRESSES = [(_offset(APPEND, name) // 8, name) for name in (*_CACHED_ROWS, *_TABLES)]
 # struct Arguments of cuda_src/pipeline.cuh
 POINTERS = (
     "out", "lse", "next_tile", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table",
@@ -68,11 +75,6 @@ _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _L2_PROMOTION_256B, _OUT_OF
 def _append_of(block: np.ndarray, arguments: np.dtype) -> np.ndarray:
     """The record of new keys, (1,) of APPEND, in the bytes of a kernel's arguments."""
     return block[_offset(arguments, "append") :][: APPEND.itemsize].view(APPEND)
-
-
-def _offset(arguments: np.dtype, field: str) -> int:
-    assert arguments.fields is not None
-    return arguments.fields[field][1]
 
 
 @functools.cache
@@ -506,13 +508,11 @@ class _NewRows:
         if cos:
             fields["rotary_dim"], fields["max_position"] = 2 * cos.shape[1], cos.shape[0]
         fields["interleaved"], fields["query_advances"] = interleaved, query_advances
-        words = record.view(np.uint64)
-        rows = 4 * len(_CACHED_ROWS)
-        self._rows, self._tables = words[:rows:4], words[rows:][: len(_TABLES)]  # three strides follow each row's address
+        self._words = (ctypes.c_uint64 * (APPEND.itemsize // 8)).from_buffer(record.view(np.uint8).data)
 
     def point_to(self, at: dict[str, int]) -> None:
-        self._rows[:] = [at[name] for name in _CACHED_ROWS]
-        self._tables[:] = [at.get(name, 0) for name in _TABLES]
+        for word, name in _APPEND_ADDRESSES:
+            self._words[word] = at.get(name, 0)
 
 
 def _strides(rows: Array) -> tuple[int, ...]:

@@ -429,7 +429,7 @@ __device__ __forceinline__ void send_states(const ResultAddresses& to, const Res
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
         if (tile_row(r) >= buffers.rows) continue;
-        store_cluster_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier);
+        send_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier);
     }
 }
 
@@ -444,9 +444,9 @@ __device__ __forceinline__ void send_output(const ResultAddresses& to, const Res
             const uint32_t address = to.outs[c] + 4 * place_of_row(tile_row(r));
             if (tile_row(r) >= buffers.rows) continue;
             if constexpr (ROWS_AT_ONCE == 4)
-                store_cluster_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c]);
+                send_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c]);
             else
-                store_cluster_8(address, rows[0], rows[1], to.outs_barriers[c]);
+                send_8(address, rows[0], rows[1], to.outs_barriers[c]);
         }
     }
 }
@@ -481,15 +481,12 @@ __device__ __forceinline__ void find_factors(float2* states, int splits, int str
 __device__ __forceinline__ void combine_splits(const Arguments& args, const WorkTile& tile, const ResultBuffers& from, uint32_t barriers) {
     const int first_column = cluster_rank() * from.columns_of_rank, columns = max(0, min(from.columns_of_rank, HEAD_DIM_V - first_column));
     const int rows = existing_rows(tile), thread = threadIdx.x - 128;
-    if (thread == 0) {
-        mbarrier_arrive_expect(barriers + STATES_FULL, 8 * tile.splits * from.rows);
-        mbarrier_arrive_expect(barriers + RESULTS_FULL, 4 * tile.splits * from.rows * columns);
-    }
+    expect_results(barriers, 8 * tile.splits * from.rows, 4 * tile.splits * from.rows * columns);
     // While the results are on their way, each row's factors and, by other warps, its place:
     const int other = thread - 32;
     if (other >= 0 && other < rows) from.ends[other].out = destination(args, tile, other).out + 2 * first_column;
     int pair = divide(thread, rows);
-    mbarrier_wait_for_cluster(barriers + STATES_FULL, 0);  // also who has no row: a CTA that is sent something must not end
+    await_results(barriers + STATES_FULL);  // also who has no row: a CTA that is sent something must not end
     if (thread < rows) {
         float shift, sum, lse;
         find_factors(from.states + thread, tile.splits, from.rows, shift, sum);
@@ -497,7 +494,7 @@ __device__ __forceinline__ void combine_splits(const Arguments& args, const Work
         if (args.lse != nullptr && first_column == 0) *destination(args, tile, thread).lse = lse;
     }
     named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
-    mbarrier_wait_for_cluster(barriers + RESULTS_FULL, 0);
+    await_results(barriers + RESULTS_FULL);
 #pragma unroll 1
     for (int task = thread; task < rows * columns / 2; task += CONSUMER_THREADS, pair = divide(task, rows)) {  // two columns of a row; neighbours have others' banks
         const int row = task - pair * rows, column = 2 * pair;

@@ -318,7 +318,7 @@ struct ResultAddresses {
 __device__ __forceinline__ void send_states(const ResultAddresses& to, const ResultBuffers& buffers, const RowStates<ROWS_OF_THREAD>& states) {
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        if (tile_row(r) < buffers.rows && own_warpgroup() == 0 && threadIdx.x % 4 == 0) store_cluster_8(to.states[r], states.max[r], states.sum[r], to.states_barriers[r]);
+        if (tile_row(r) < buffers.rows && own_warpgroup() == 0 && threadIdx.x % 4 == 0) send_8(to.states[r], states.max[r], states.sum[r], to.states_barriers[r]);
     }
 }
 
@@ -329,7 +329,7 @@ __device__ __forceinline__ void send_output(const ResultAddresses& to, const Res
 #pragma unroll
         for (int unit = 0; unit < OWN_UNITS; ++unit) {
             const float* columns = output + 8 * unit + 2 * r;
-            if (OWN_UNITS * own_warpgroup() + unit < UNITS) store_cluster_16(to.outs[r] + 64 * unit, columns[0], columns[1], columns[4], columns[5], to.outs_barriers[r]);
+            if (OWN_UNITS * own_warpgroup() + unit < UNITS) send_16(to.outs[r] + 64 * unit, columns[0], columns[1], columns[4], columns[5], to.outs_barriers[r]);
         }
     }
 }
@@ -341,12 +341,9 @@ constexpr int AT_ONCE = 4;  // of the splits' results that a thread loads
 __device__ __forceinline__ void combine_splits(const Arguments& args, const WorkTile& tile, const ResultBuffers& from, uint32_t barriers) {
     constexpr int TASKS_OF_ROW = 4 * UNITS;  // four columns each
     const int first_row = cluster_rank() * from.rows_of_rank, rows = max(0, min(from.rows_of_rank, from.rows - first_row)), thread = threadIdx.x - 128;
-    if (thread == 0) {
-        mbarrier_arrive_expect(barriers + STATES_FULL, 8 * tile.splits * rows);
-        mbarrier_arrive_expect(barriers + RESULTS_FULL, 4 * tile.splits * rows * PLACED_COLUMNS);
-    }
-    mbarrier_wait_for_cluster(barriers + STATES_FULL, 0);  // also who has no row: a CTA that is sent something must not end
-    mbarrier_wait_for_cluster(barriers + RESULTS_FULL, 0);
+    expect_results(barriers, 8 * tile.splits * rows, 4 * tile.splits * rows * PLACED_COLUMNS);
+    await_results(barriers + STATES_FULL);  // also who has no row: a CTA that is sent something must not end
+    await_results(barriers + RESULTS_FULL);
 #pragma unroll 1
     for (int task = thread; task < rows * TASKS_OF_ROW; task += CONSUMER_THREADS) {
         const int row = task / TASKS_OF_ROW, place = 4 * (task % TASKS_OF_ROW), column = place / 16 * 16 + place % 16 / 2;

@@ -60,6 +60,41 @@ __device__ __forceinline__ bool is_as_loaded(const Arguments& args, const WorkTi
     return blocks.begin == cluster_rank() && blocks.begin < blocks.end && is_old(args, tile, blocks.begin);
 }
 
+// ---- the results ----
+
+// A CTA that is a cluster of its own stores results as usual, and its consumers meet before they take them together (memcheck wants two CTAs for st.async).
+__device__ __forceinline__ bool is_single() { return cluster_size() == 1; }
+
+__device__ __forceinline__ void send_8(uint32_t address, float x, float y, uint32_t barrier) {
+    if (is_single())
+        store_shared_8(address, x, y);
+    else
+        store_cluster_8(address, x, y, barrier);
+}
+
+__device__ __forceinline__ void send_16(uint32_t address, float x, float y, float z, float w, uint32_t barrier) {
+    if (is_single())
+        store_shared_16(address, x, y, z, w);
+    else
+        store_cluster_16(address, x, y, z, w, barrier);
+}
+
+// One thread says how many bytes will be sent here, of states and of outputs. All consumers call it.
+__device__ __forceinline__ void expect_results(uint32_t barriers, uint32_t states_bytes, uint32_t outs_bytes) {
+    if (is_single()) {
+        named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
+    } else if (threadIdx.x == 128) {
+        mbarrier_arrive_expect(barriers + STATES_FULL, states_bytes);
+        mbarrier_arrive_expect(barriers + RESULTS_FULL, outs_bytes);
+    }
+}
+
+__device__ __forceinline__ void await_results(uint32_t barrier) {
+    if (!is_single()) mbarrier_wait_for_cluster(barrier, 0);
+}
+
+// ---- the producer ----
+
 // Warps 1 to 3 call it.
 __device__ __forceinline__ void append_for_cta(const Arguments& args, const Buffers& buffers, int cached_keys) {
     append_new_keys(args, blockIdx.z, blockIdx.y * PACK / GQA_RATIO, cached_keys, [&] {
