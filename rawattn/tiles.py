@@ -265,6 +265,8 @@ def cluster_sizes(spec: KernelSpec, rows: int, tiles: int, of_sequence: int, key
     size = max(1 << (most.bit_length() - 1), 1 << (fewest - 1).bit_length())
     while 2 * size <= min(splits, LARGEST_CLUSTER) and tiles * size < BUSY_CTAS and 2 * tiles * size <= multiprocessors:
         size *= 2
+    if tile.ctas_per_sm == 1:
+        fewest = max(fewest, 2)  # one CTA's results are stored in another way, which costs all others time
     sizes = []
     while size >= fewest:
         are_at_once = tiles * size <= multiprocessors * (tile.ctas_per_sm if size <= 2 else 1)
@@ -297,7 +299,7 @@ def launch_variant(
     tiles, rows = batch * of_sequence, min(rows_q * spec.pack, tile_rows(spec))
     in_cluster = replace(spec, cluster=True)
     for size in cluster_sizes(in_cluster, rows, tiles, of_sequence, keys, multiprocessors):
-        variant = replace(in_cluster, alone=tile.ctas_per_sm > 1 and tiles * size <= BUSY_CTAS)
+        variant = replace(in_cluster, alone=tile.ctas_per_sm > 1 and 1 < size <= BUSY_CTAS // tiles)
         if are_at_once(variant, tiles, size):
             return variant, size
     return replace(spec, alone=is_alone(spec, tiles, multiprocessors)), 0

@@ -429,7 +429,7 @@ __device__ __forceinline__ void send_states(const ResultAddresses& to, const Res
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; r += 2) {
         if (tile_row(r) >= buffers.rows) continue;
-        send_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier);
+        store_cluster_16(to.states + 8 * tile_row(r), states.max[r], states.sum[r], states.max[r + 1], states.sum[r + 1], to.states_barrier, is_single());
     }
 }
 
@@ -444,9 +444,9 @@ __device__ __forceinline__ void send_output(const ResultAddresses& to, const Res
             const uint32_t address = to.outs[c] + 4 * place_of_row(tile_row(r));
             if (tile_row(r) >= buffers.rows) continue;
             if constexpr (ROWS_AT_ONCE == 4)
-                send_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c]);
+                store_cluster_16(address, rows[0], rows[1], rows[4], rows[5], to.outs_barriers[c], is_single());
             else
-                send_8(address, rows[0], rows[1], to.outs_barriers[c]);
+                store_cluster_8(address, rows[0], rows[1], to.outs_barriers[c], is_single());
         }
     }
 }

@@ -318,7 +318,8 @@ struct ResultAddresses {
 __device__ __forceinline__ void send_states(const ResultAddresses& to, const ResultBuffers& buffers, const RowStates<ROWS_OF_THREAD>& states) {
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r) {
-        if (tile_row(r) < buffers.rows && own_warpgroup() == 0 && threadIdx.x % 4 == 0) send_8(to.states[r], states.max[r], states.sum[r], to.states_barriers[r]);
+        if (tile_row(r) < buffers.rows && own_warpgroup() == 0 && threadIdx.x % 4 == 0)
+            store_cluster_8(to.states[r], states.max[r], states.sum[r], to.states_barriers[r], is_single());
     }
 }
 
@@ -329,7 +330,8 @@ __device__ __forceinline__ void send_output(const ResultAddresses& to, const Res
 #pragma unroll
         for (int unit = 0; unit < OWN_UNITS; ++unit) {
             const float* columns = output + 8 * unit + 2 * r;
-            if (OWN_UNITS * own_warpgroup() + unit < UNITS) send_16(to.outs[r] + 64 * unit, columns[0], columns[1], columns[4], columns[5], to.outs_barriers[r]);
+            if (OWN_UNITS * own_warpgroup() + unit < UNITS)
+                store_cluster_16(to.outs[r] + 64 * unit, columns[0], columns[1], columns[4], columns[5], to.outs_barriers[r], is_single());
         }
     }
 }

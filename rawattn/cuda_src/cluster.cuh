@@ -62,22 +62,8 @@ __device__ __forceinline__ bool is_as_loaded(const Arguments& args, const WorkTi
 
 // ---- the results ----
 
-// A CTA that is a cluster of its own stores results as usual, and its consumers meet before they take them together (memcheck wants two CTAs for st.async).
-__device__ __forceinline__ bool is_single() { return cluster_size() == 1; }
-
-__device__ __forceinline__ void send_8(uint32_t address, float x, float y, uint32_t barrier) {
-    if (is_single())
-        store_shared_8(address, x, y);
-    else
-        store_cluster_8(address, x, y, barrier);
-}
-
-__device__ __forceinline__ void send_16(uint32_t address, float x, float y, float z, float w, uint32_t barrier) {
-    if (is_single())
-        store_shared_16(address, x, y, z, w);
-    else
-        store_cluster_16(address, x, y, z, w, barrier);
-}
+// Whether a CTA is a cluster of its own, which it is only where an SM has two: it stores results as usual, and its consumers meet before they take them together.
+__device__ __forceinline__ bool is_single() { return CTAS_PER_SM > 1 && cluster_size() == 1; }
 
 // One thread says how many bytes will be sent here, of states and of outputs. All consumers call it.
 __device__ __forceinline__ void expect_results(uint32_t barriers, uint32_t states_bytes, uint32_t outs_bytes) {

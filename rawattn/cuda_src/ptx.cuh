@@ -145,14 +145,6 @@ __device__ __forceinline__ void load_shared_16(uint32_t address, uint32_t (&word
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
 }
 
-__device__ __forceinline__ void store_shared_8(uint32_t address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
-__device__ __forceinline__ void store_shared_16(uint32_t address, float x, float y, float z, float w) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
-}
-
 __device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }
@@ -210,14 +202,26 @@ __device__ __forceinline__ uint32_t shared_address_of(uint32_t address, int rank
     return mapped;
 }
 
-// Stores to a CTA of the cluster; an mbarrier there counts the bytes (st.async, 9.7.9.12).
-__device__ __forceinline__ void store_cluster_8(uint32_t address, float x, float y, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address), "f"(x), "f"(y), "r"(barrier) : "memory");
+// Stores to a CTA of the cluster, where an mbarrier counts the bytes (st.async, 9.7.9.12); or, if the CTA `is_single`, as usual, since memcheck wants two
+// CTAs for st.async. Both predicated: a branch would cost more than the instruction.
+__device__ __forceinline__ void store_cluster_8(uint32_t address, float x, float y, uint32_t barrier, bool is_single) {
+    asm volatile(
+        "{\n"
+        ".reg .pred single;\n"
+        "setp.ne.u32 single, %4, 0;\n"
+        "@single st.shared.v2.f32 [%0], {%1, %2};\n"
+        "@!single st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n"
+        "}\n" ::"r"(address), "f"(x), "f"(y), "r"(barrier), "r"(uint32_t(is_single)) : "memory");
 }
 
-__device__ __forceinline__ void store_cluster_16(uint32_t address, float x, float y, float z, float w, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier)
-                 : "memory");
+__device__ __forceinline__ void store_cluster_16(uint32_t address, float x, float y, float z, float w, uint32_t barrier, bool is_single) {
+    asm volatile(
+        "{\n"
+        ".reg .pred single;\n"
+        "setp.ne.u32 single, %6, 0;\n"
+        "@single st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n"
+        "@!single st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n"
+        "}\n" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier), "r"(uint32_t(is_single)) : "memory");
 }
 
 // ---- registers, barriers between warpgroups ----
