@@ -35,7 +35,7 @@ class KernelSpec:
     page_rows:  where K and V lie in pages, how many rows of a page are loaded at once; else 0.
     short:      whether the sequences have so few queries that another tile serves them better (tiles.is_short).
     cluster:    where keys are split, whether the CTAs that have a tile's splits are one cluster (tiles.cluster_sizes).
-    alone:      where keys are split, whether a CTA has an SM to itself, though two would fit (tiles.is_alone).
+    alone:      where keys are split, whether a CTA has an SM to itself, though two would fit (tiles.launch_variant).
 
     >>> KernelSpec("bfloat16", 128, 128, 4, "causal").name
     'attn_fwd_bf16_d128_gqa4_causal'

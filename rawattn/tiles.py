@@ -16,7 +16,7 @@ SPLITS_OF_A_SEQUENCE = 128  # over all its tiles, at most: about the SMs of an H
 MAX_SPLITS = 32  # of one tile, half as many unless a sequence has few tiles: the time of the combination grows with it
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16  # CTAs; beyond the first there are few places where all their SMs are near each other
 BUSY_CTAS = 64  # load from memory at its full rate
-FEW_BLOCKS = 32  # of keys, or 1 MB: what a CTA loads in some 15 us
+FEW_BLOCKS = 32  # of keys: what a CTA loads in some 15 us, or 30 if they are of 64 KB
 # K and V of the heads whose tiles are dealt together, as if each query head had its own, since their Q and output pass through L2 as well
 # (50 MB on an H100): at least and at most, and in between for each key of a sequence.
 GROUP_BYTES, GROUP_BYTES_OF_KEY = (8 << 20, 32 << 20), 16 << 10
@@ -288,7 +288,7 @@ def launch_variant(
     spec: KernelSpec, batch: int, rows_q: int, heads: int, keys: int, multiprocessors: int,
     are_at_once: Callable[[KernelSpec, int, int], bool] = lambda spec, tiles, size: True,
 ) -> tuple[KernelSpec, int]:  # fmt: skip
-    """The one of launch_variants(spec) that a launch takes for sequences of `rows_q` queries and up to `keys` keys, and its cluster_size.
+    """The one of launch_variants(spec) that a launch takes for sequences of `rows_q` queries and up to `keys` keys, and its clusters' size.
 
     `are_at_once` says whether the GPU holds as many clusters of so many CTAs as there are tiles.
     """
@@ -296,10 +296,11 @@ def launch_variant(
     if not tile.few_rows:
         return spec, 0
     of_sequence = tiles_of_sequence(spec, rows_q, heads)
-    tiles, rows = batch * of_sequence, min(rows_q * spec.pack, tile_rows(spec))
+    tiles, rows = batch * of_sequence, rows_q * spec.pack
+    assert rows <= tile_rows(spec), spec  # cluster.cuh: a KV head of few rows has one tile
     in_cluster = replace(spec, cluster=True)
     for size in cluster_sizes(in_cluster, rows, tiles, of_sequence, keys, multiprocessors):
-        variant = replace(in_cluster, alone=tile.ctas_per_sm > 1 and 1 < size <= BUSY_CTAS // tiles)
+        variant = replace(in_cluster, alone=tile.ctas_per_sm > 1 and size > 1 and tiles * size <= min(BUSY_CTAS, multiprocessors))
         if are_at_once(variant, tiles, size):
             return variant, size
     return replace(spec, alone=is_alone(spec, tiles, multiprocessors)), 0

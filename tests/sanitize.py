@@ -27,8 +27,8 @@ DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat1
 HEADS, KV_HEADS = 4, 2
 QUERIES = {8: 3, 16: 7, 32: 12, 64: 30, 128: 40}  # with which split_rows gives a tile of so many rows
 LENGTHS, CAPACITY, LARGE = (0, 1, 65, 500), 592, 4736  # keys in the cache, and for how many it has room
-# As many sequences of each length: a cluster's CTA has one split, two, or four if it has room for their results; then a list has them.
-FEW, FULL, MANY = (1, 7), 16, 34
+# As many sequences of each length: a cluster's CTA has one split, two, or all four where an SM has two CTAs; then a list has them.
+FEW, FULL, NEARLY, MANY = (1, 7), 24, 16, 34
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -85,11 +85,11 @@ def split_call(spec: KernelSpec) -> None:
     if spec.page_rows == 0:
         k, v = (array(500, KV_HEADS, dim, spec.dtype, batch) for dim in dims)
         report(f"{spec.name} Sq {rows} Sk 500", rawattn.attention(q, k, v, **masks, return_lse=True)[0])
-    ways = [(times, CAPACITY) for times in (*FEW, FULL, MANY)] + [(FULL, LARGE)]  # the last has a tile for nearly each SM, and no clusters
+    ways = [(times, CAPACITY) for times in (*FEW, FULL, MANY)] + [(NEARLY, LARGE)]  # the last has a tile for nearly each SM
     for times, capacity in ways if tile_for(spec).few_rows else ways[:1]:
         variant, clusters = launch_variant(spec, times * batch, rows, HEADS, capacity, cp.cuda.Device().attributes["MultiProcessorCount"])
-        if tile_for(spec).few_rows and (times, capacity) != (FULL, CAPACITY):
-            assert (clusters > 0) == (times in FEW)
+        if tile_for(spec).few_rows:
+            assert (clusters > 1, clusters == 1) == (times in FEW, times == FULL and tile_for(spec).ctas_per_sm > 1)
         many = cp.concatenate([q] * times)
         out, _ = rawattn.attention_with_kvcache(many, **repeated(cache(spec, capacity), times), **masks, return_lse=True)
         report(f"{variant.name} read by {len(many)}, {clusters} CTAs a cluster", out)
