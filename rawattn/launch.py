@@ -413,9 +413,9 @@ class Plan:
         )
         self._mapped: list[int] = []
 
-        of_a_sequence = tiles_of_sequence(spec, rows_q, heads)
+        of_a_sequence, packs = tiles_of_sequence(spec, rows_q, heads), heads // spec.pack
         # Where only the device knows the lengths, an upper bound.
-        tiles = of_a_sequence + batch * (heads // spec.pack) if ragged else of_a_sequence * batch
+        tiles = of_a_sequence + batch * packs if ragged else of_a_sequence * batch
         ctas = tiles * cluster or grid(spec, batch, tiles, multiprocessors)
         places, share, largest = tiles + multiprocessors, 0, of_a_sequence
         if spec.split_rows:
@@ -423,7 +423,6 @@ class Plan:
             share = -(-places // max(ctas, 1))
         if places >= PLACES_LIMIT or (spec.varlen and max(largest, share) >= QUOTIENT_LIMIT):
             raise ValueError(f"q has shape {q.shape}, {tiles} tiles of {tile_rows(spec)} rows, and k {rows_k} rows; needed: fewer")
-        packs = heads // spec.pack
         lists = lists_of_splits(spec, packs, tiles, ctas)
         of_kernel = (cluster, packs, batch) if cluster else (lists, ctas // lists, 1) if spec.split_rows else (ctas, 1, 1)
         self._kernel = _BoundKernel(load(spec), of_kernel, tile.threads, tile.shared_memory_bytes(spec), block, overlaps, cluster)
@@ -432,7 +431,7 @@ class Plan:
         fields["out_strides"] = (0 if ragged else out.strides[0], out.strides[-3], out.strides[-2])
         fields["lse_batch_stride"] = 0 if ragged else heads * rows_q
         fields["page_table_stride"] = page_table_stride
-        fields["sizes"] = (batch, heads // spec.pack, rows_q, rows_k)
+        fields["sizes"] = (batch, packs, rows_q, rows_k)
         fields["new_keys"] = new_keys
         fields["mask"] = (left, right, bottom_right)
         fields["heads_per_group"] = packs // lists if spec.split_rows else heads_per_group(spec, batch, k.shape[-2], rows_k)
@@ -445,7 +444,7 @@ class Plan:
         self._workspaces: _Workspaces | None = None
         self._counters: _TileCounters | None = None
         self.workspace_bytes = 0
-        fields["most_splits"] = most_splits = tile.most_splits(of_a_sequence if tile.few_rows else heads // spec.pack)
+        fields["most_splits"] = most_splits = tile.most_splits(of_a_sequence if tile.few_rows else packs)
         if cluster:
             return  # splits meet in shared memory
         if spec.split_rows:

@@ -101,21 +101,22 @@ class Tile:
         return 4 if self._bytes(spec, 4) <= SHARED_MEMORY_OF_SM // self.ctas_per_sm - 1024 else 2
 
     def shared_memory_bytes(self, spec: KernelSpec) -> int:
-        return self._bytes(spec, self.results_of_cta(spec) if spec.cluster else 0)
+        return self._bytes(spec, self.results_of_cta(spec) if spec.cluster else 1)
 
     def _bytes(self, spec: KernelSpec, results: int) -> int:
+        """Shared memory with so many results of whole tiles: where few rows have no cluster one, which is carried."""
         q = self.q_stages_of(spec) * self.tile_m * slabs(spec.head_dim)
         kv = self.stages * self.tile_n * (slabs(spec.head_dim) + slabs(spec.head_dim_v))
         if self.shares_keys:
             columns = -(-spec.head_dim_v // 32) * 32  # of the output: both warpgroups have as many units of 16
-            floats = 2 * columns + 4  # of each row: what the warpgroups exchange, and their states; what is carried
-            if spec.cluster:  # what is sent, instead of carried, and its states
-                floats += (results - 1) * columns + 2 * results
+            floats = columns + 4 + results * columns  # of each row: what the warpgroups exchange, and their states; the results
+            if spec.cluster:
+                floats += 2 * results  # their states
         elif self.few_rows:
             q += 2 * self.tile_m * slabs(self.tile_n)  # P in two parts, which lie as Q does
-            floats = SLAB * slabs(spec.head_dim_v) + 2 * 4  # of each row: carried, in whole slabs; what four warps tell each other, twice
-            if spec.cluster:  # what is sent, instead of carried; the states of all splits, and what they come to
-                floats += (results - 1) * SLAB * slabs(spec.head_dim_v) + 2 * MAX_SPLITS + 4
+            floats = 2 * 4 + results * SLAB * slabs(spec.head_dim_v)  # of each row: what four warps tell one another, twice; results
+            if spec.cluster:
+                floats += 2 * MAX_SPLITS + 4  # the states of all splits, and what they come to
         else:
             floats = spec.head_dim_v if spec.split_rows else 0  # the output of the splits so far
         return CONTROL_BYTES + 2 * SLAB * (q + kv) + 4 * self.tile_m * floats

@@ -238,6 +238,7 @@ __device__ __forceinline__ void store_partial(const Arguments& args, const WorkT
 }
 
 __device__ __forceinline__ void meet_readers_of_q() { named_barrier_sync(warpgroup_barrier(), 128); }
+__device__ __forceinline__ void meet_all_consumers() { named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS); }
 
 #include "splits.cuh"
 #include "cluster.cuh"
@@ -493,7 +494,7 @@ __device__ __forceinline__ void combine_splits(const Arguments& args, const Work
         normalise(shift, sum, from.ends[thread].inverse, lse);
         if (args.lse != nullptr && first_column == 0) *destination(args, tile, thread).lse = lse;
     }
-    named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
+    meet_all_consumers();
     await_results(barriers + RESULTS_FULL);
 #pragma unroll 1
     for (int task = thread; task < rows * columns / 2; task += CONSUMER_THREADS, pair = divide(task, rows)) {  // two columns of a row; neighbours have others' banks

@@ -68,7 +68,7 @@ __device__ __forceinline__ bool is_single() { return CTAS_PER_SM > 1 && cluster_
 // One thread says how many bytes will be sent here, of states and of outputs. All consumers call it.
 __device__ __forceinline__ void expect_results(uint32_t barriers, uint32_t states_bytes, uint32_t outs_bytes) {
     if (is_single()) {
-        named_barrier_sync(1 + CONSUMER_WARPGROUPS, CONSUMER_THREADS);
+        meet_all_consumers();
     } else if (threadIdx.x == 128) {
         mbarrier_arrive_expect(barriers + STATES_FULL, states_bytes);
         mbarrier_arrive_expect(barriers + RESULTS_FULL, outs_bytes);
